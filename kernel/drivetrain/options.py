@@ -1,0 +1,126 @@
+"""Declaring a plugin and its options: a plugin is an attrs class with hook implementations."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
+
+import attrs
+
+from drivetrain.errors import MissingDependency, Problem, nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from types import ModuleType
+
+T = TypeVar("T")
+ROLES = (
+    "data", "collate", "loss", "optim", "schedule", "precision", "memory", "parallel",
+    "checkpoint", "evaluate", "report", "export", "model", "control",
+)  # fmt: skip
+
+
+def option(
+    default: Any = attrs.NOTHING,
+    *,
+    help: str = "",  # noqa: A002 - the word users of click and argparse know
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    choices: Sequence[object] | None = None,
+    converter: Callable[[Any], Any] | None = None,
+    secret: bool = False,
+    factory: Callable[[], Any] | None = None,
+) -> Any:
+    """Declare one option of a plugin with its bounds; a bad value is refused with the bound and the value."""
+    bounds = [(">=", ge), (">", gt), ("<=", le), ("<", lt)]
+    limits = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
+
+    def check(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+        for part in value if isinstance(value, (list, tuple)) else [value]:
+            if limits and part is not None:
+                number = isinstance(part, (int, float)) and not isinstance(part, bool)
+                tests = {">=": lambda v, b: v >= b, ">": lambda v, b: v > b, "<=": lambda v, b: v <= b, "<": lambda v, b: v < b}
+                if not number or not all(bound is None or tests[sign](part, bound) for sign, bound in bounds):
+                    raise ValueError(f"{attribute.name} must be a number {limits}. Received: {value!r}")
+        if choices is not None and value not in choices:
+            hint = nearest(value, map(str, choices)) if isinstance(value, str) else ""
+            raise ValueError(f"{attribute.name} must be one of {list(choices)}. Received: {value!r} {hint}".rstrip())
+
+    metadata = {"help": help, "limits": limits, "choices": choices, "secret": secret}
+    if factory is not None:
+        return attrs.field(factory=factory, validator=check, converter=converter, metadata=metadata)
+    return attrs.field(default=default, validator=check, converter=converter, metadata=metadata)
+
+
+@dataclass_transform(eq_default=False, field_specifiers=(attrs.field, option))
+def plugin(
+    *,
+    role: str,
+    effect: str = "changes",
+    provides: Sequence[str] = (),
+    requires: Sequence[str] = (),
+    conflicts: Sequence[str] = (),
+    example: Mapping[str, object] | None = None,
+) -> Callable[[type[T]], type[T]]:
+    """Make a class a plugin: attrs fields are its options, equality is identity (pluggy needs it hashable).
+
+    Args:
+        role: where it stands in the catalogue, one of `ROLES`.
+        effect: "observes" promises bit-identical weights with and without it (the kit proves it); "changes" means
+            that the composition tests compare it with a reference.
+        provides: words other plugins may require or conflict with.
+        requires: words some plugin of the run must provide.
+        conflicts: words (or plugin names) that must not be in the same run.
+        example: small settings with which the kit can run it; "{kit}" stands for the kit's folder of fixtures.
+    """
+    if role not in ROLES:
+        raise ValueError(f"unknown role {role!r}: {nearest(role, ROLES)}")
+
+    def decorate(cls: type[T]) -> type[T]:
+        made: Any = attrs.define(cls, eq=False, slots=False)
+        made.role, made.effect, made.example = role, effect, dict(example or {})
+        for word, value in (("provides", provides), ("requires", requires), ("conflicts", conflicts)):
+            if not isinstance(getattr(made, word, None), property):
+                setattr(made, word, tuple(value))
+        return made  # type: ignore[no-any-return]
+
+    return decorate
+
+
+def option_fields(cls: type) -> dict[str, attrs.Attribute[Any]]:
+    """Return the options of a plugin class by name (its public attrs fields)."""
+    fields = attrs.fields(cls) if attrs.has(cls) else ()
+    return {field.alias: field for field in fields if field.init}
+
+
+def option_values(plugin: object) -> dict[str, Any]:
+    """Return a plugin's options as JSON can hold them; secrets become "***", objects their type's name."""
+
+    def plain(value: Any) -> Any:
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        if isinstance(value, dict):
+            return {str(k): plain(v) for k, v in value.items()}
+        own = type(value).__str__ is not object.__str__ and type(value).__module__.startswith("drivetrain")
+        return str(value) if own else f"<{type(value).__module__}.{type(value).__qualname__}>"
+
+    fields = option_fields(type(plugin))
+    return {
+        name: "***" if field.metadata.get("secret") else plain(getattr(plugin, field.name))
+        for name, field in fields.items()
+    }
+
+
+def require(module: str, *, extra: str, plugin: str) -> ModuleType:
+    """Import a heavy library for `plugin`, or say how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        name = error.name or module
+        raise MissingDependency([
+            Problem(f"plugin {plugin!r} needs the package {name!r}", str(error), f"pip install 'drivetrain[{extra}]'")
+        ]) from error

@@ -1,0 +1,296 @@
+"""What hooks receive: the carriers `Run`, `Step` and `Micro`, and the records they return.
+
+A hot hook takes one mutable carrier, so that a wrapper can change what the inner call sees and a skipped update is
+a field (`step.skip(reason)`) instead of control flow.
+"""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import attrs
+import torch
+
+from drivetrain.options import option
+from drivetrain.rng import derive_seed, generator
+from drivetrain.triggers import Trigger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from drivetrain.hooks import Hooks
+    from drivetrain.plan import Plan
+
+
+def _epochs_or_steps(instance: Settings, attribute: attrs.Attribute[Any], value: object) -> None:
+    if instance.epochs is not None and value is not None:
+        raise ValueError(f"epochs and steps contradict each other: give one. Received: {instance.epochs=} {value=}")
+
+
+@attrs.define(kw_only=True)
+class Settings:
+    """The `[run]` table: what belongs to no plugin."""
+
+    output: Path | None = option(None, converter=lambda v: None if v is None else Path(v), help="the run's folder")
+    epochs: float | None = option(None, gt=0, lt=2**31, help="passes over the training data")
+    steps: int | None = attrs.field(
+        default=None,
+        validator=[option(ge=1, lt=2**53)._validator, _epochs_or_steps],
+        metadata={"help": "optimizer steps, instead of epochs", "limits": ">= 1"},
+    )
+    seed: int = option(0, ge=0, lt=2**63, help="every stream of the run derives from it")
+    device: str = option("auto", help='"auto", or what torch.device takes')
+    log_every: Trigger = option("50 steps", converter=Trigger.parse, help="how often `log` is fired")
+
+
+class Stage(enum.IntEnum):
+    """When a model transform applies; the kernel applies them in this order."""
+
+    ADAPT, CONVERT, PARTITION, RECOMPUTE, COMPILE, SHARD = range(6)
+
+
+@attrs.frozen
+class Transform:
+    """A change to the model: `apply(model)` returns the model to use from there on."""
+
+    stage: Stage
+    apply: Callable[[torch.nn.Module], torch.nn.Module]
+    exclusive: bool = False
+
+
+class Metric(Protocol):
+    """A streaming metric of an evaluation; lives for one pass over one split."""
+
+    def update(self, micro: Micro) -> None:
+        """Add one batch; `micro.outputs` and `micro.batch` are on the device, so avoid `.item()`."""
+
+    def compute(self) -> dict[str, float]:
+        """Return the values by name."""
+
+
+@attrs.frozen
+class Exporter:
+    """One export format: `write(run, path)` makes the folder or file `path`."""
+
+    format: str
+    write: Callable[[Run, Path], None]
+    suffix: str = ""
+
+
+class Order(Protocol):
+    """A sampler: the order of a split, a function of the epoch (and the run's seed and data) only."""
+
+    def order(self, epoch: int) -> torch.Tensor:
+        """Return row numbers, int64 (N,)."""
+
+
+class Batches(Protocol):
+    """A loader: micro-batches of a split from any position of any epoch, in O(1)."""
+
+    rows_per_epoch: int
+
+    def __len__(self) -> int:
+        """Return the number of micro-batches in one epoch."""
+
+    def iterate(self, epoch: int, start: int = 0) -> Iterator[Micro]:
+        """Yield the micro-batches of `epoch` from row number `start` of its order on."""
+
+
+@attrs.define(eq=True)
+class Progress:
+    """Where a run stands; advanced at one place (`Run.advance`) and saved at step boundaries only.
+
+    `step` counts attempted optimizer steps, `applied` those that changed the weights (schedules and averages follow
+    it). The position is (`epoch`, `rows_in_epoch`) in global rows, whatever the batch size and number of ranks.
+    """
+
+    step: int = 0
+    applied: int = 0
+    epoch: int = 0
+    rows_in_epoch: int = 0
+    rows: int = 0
+    items: int = 0
+
+
+@attrs.define(eq=False, repr=False)
+class Micro:
+    """One micro-batch on its way through forward, loss and backward."""
+
+    batch: Any
+    num_rows: int
+    num_items: Any  # valid target items: an int, or a 0-dim tensor where a loss plugin counts on the device
+    run: Run = None  # type: ignore[assignment]  # set by the loop before any hook sees it
+    step: Step | None = None  # None in an evaluation
+    scale: Any = 1.0  # this micro-batch's share of the step's items; the mean loss is multiplied by it
+    outputs: Any = None
+    loss: Any = None  # 0-dim tensor, already scaled
+    is_last: bool = True
+
+
+@attrs.define(eq=False, repr=False)
+class Step:
+    """One optimizer step."""
+
+    run: Run
+    number: int
+    micros: list[Micro]
+    num_rows: int = 0  # over all ranks
+    num_items: Any = 0  # over all ranks; set by `count_items`
+    loss: Any = None  # 0-dim tensor: mean over the step's items of this rank's micro-batches, detached
+    grad_norm: Any = None  # 0-dim tensor, where a plugin measured it
+    learning_rate: float = 0.0
+    skipped: str | None = None  # why the update must not be applied
+
+    def skip(self, reason: str) -> None:
+        """Do not apply this update: no schedule, average or applied-step counter moves."""
+        self.skipped = reason
+
+
+STOP, SAVE, EVALUATE = 1, 2, 4
+
+
+@attrs.define(eq=False, repr=False)
+class Run:
+    """Everything one training run owns; plugins read and set its public fields while it is assembled."""
+
+    settings: Settings = attrs.field(factory=Settings)
+    hooks: Hooks = None  # type: ignore[assignment]  # the callable hooks, frozen where hot
+    plan: Plan = None  # type: ignore[assignment]
+    plugins: dict[str, Any] = attrs.field(factory=dict)
+    facts: dict[str, Any] = attrs.field(factory=dict)  # what plugins declare, e.g. accumulation
+    device: torch.device = attrs.field(factory=lambda: torch.device("cpu"))
+    rank: int = 0
+    world_size: int = 1
+    model: Any = None
+    processor: Any = None  # tokenizer or processor, where the model has one
+    shifted_labels: bool = False  # the model's loss predicts labels[..., 1:]
+    optimizer: Any = None
+    parameters: tuple[torch.nn.Parameter, ...] = ()  # those the optimizer updates
+    schedule: Callable[[int], float] | None = None  # applied steps -> factor on each group's initial rate
+    datasets: dict[str, Any] = attrs.field(factory=dict)  # by split: "train", "evaluate", "evaluate/NAME"
+    batches: dict[str, Batches] = attrs.field(factory=dict)
+    progress: Progress = attrs.field(factory=Progress)
+    total_steps: int = 0
+    stream: Iterator[Micro] | None = None  # the micro-batches left in this epoch
+    votes: int = 0  # what was asked for since the last boundary: STOP | SAVE | EVALUATE
+    reasons: dict[int, str] = attrs.field(factory=dict)
+    stopped: str | None = None  # why the run ended early
+    skipped_steps: int = 0
+    interval_steps: int = 0  # what the next `log` averages over
+    interval_loss: torch.Tensor | None = None
+    extras: dict[str, Any] = attrs.field(factory=dict)  # name -> tensor or number, shown at the next `log`
+    metrics: dict[str, float] = attrs.field(factory=dict)  # the newest value of everything logged
+
+    def seed_for(self, name: str, *key: int) -> int:
+        """Return the seed of stream `name` at position `key`, e.g. for `random.Random`."""
+        return derive_seed(self.settings.seed, name, *key)
+
+    def generator(self, name: str, *key: int) -> torch.Generator:
+        """Return the torch generator of stream `name` at position `key`."""
+        return generator(self.settings.seed, name, *key)
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows one training epoch consumes over all ranks (dropped ones not counted)."""
+        return self.batches["train"].rows_per_epoch
+
+    @property
+    def finished(self) -> bool:
+        """True when the run has taken all its steps or was stopped."""
+        return self.stopped is not None or self.progress.step >= self.total_steps
+
+    def _request(self, vote: int, reason: str) -> None:
+        self.votes |= vote
+        self.reasons.setdefault(vote, reason)
+
+    def request_stop(self, reason: str) -> None:
+        """End the run at the next step boundary, when all ranks have heard of it."""
+        self._request(STOP, reason)
+
+    def request_save(self, reason: str) -> None:
+        """Save a checkpoint at the next step boundary; requests combine."""
+        self._request(SAVE, reason)
+
+    def request_evaluate(self, reason: str) -> None:
+        """Evaluate at the next step boundary; requests combine."""
+        self._request(EVALUATE, reason)
+
+    def advance(self, step: Step) -> None:
+        """Move every counter past `step`; a position at the end of an epoch becomes the start of the next."""
+        progress = self.progress
+        progress.step += 1
+        if step.skipped is None:
+            progress.applied += 1
+        else:
+            self.skipped_steps += 1
+        progress.rows += step.num_rows
+        progress.rows_in_epoch += step.num_rows
+        progress.items += step.num_items
+        if progress.rows_in_epoch >= self.batches["train"].rows_per_epoch:
+            progress.epoch += 1
+            progress.rows_in_epoch = 0
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Make `metrics` plain numbers (the only host sync of a log interval) and tell every listener of `log`."""
+        numbers = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in metrics.items()}
+        self.metrics.update(numbers)
+        self.hooks.log(self, numbers)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all state that exact resume needs: nested dicts of tensors and JSON values, nothing copied.
+
+        The model holds every parameter and buffer, non-persistent ones included (they can move during training).
+        """
+        model = dict(self.model.state_dict(keep_vars=True))
+        model.update({k: v for k, v in self.model.named_buffers() if k not in model})
+        optimizer = self.optimizer.state_dict()
+        interval = self.interval_loss
+        return {
+            "model": {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in model.items()},
+            "optimizer": {
+                "state": {str(k): v for k, v in optimizer["state"].items()},
+                "param_groups": optimizer["param_groups"],
+            },
+            "progress": attrs.asdict(self.progress),
+            "interval": {"steps": self.interval_steps, **({} if interval is None else {"loss": interval})},
+            "counters": {"skipped_steps": self.skipped_steps},
+            "plugins": {n: p.state_dict() for n, p in self.plugins.items() if hasattr(p, "state_dict")},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned, into a run assembled from the same plugins.
+
+        Raises:
+            ValueError: a parameter, buffer or optimizer entry is missing, extra or of another shape.
+        """
+        own = dict(self.model.state_dict(keep_vars=True))
+        own.update({k: v for k, v in self.model.named_buffers() if k not in own})
+        given = state["model"]
+        if missing := sorted(own.keys() ^ given.keys()):
+            raise ValueError(f"the model and the saved state differ in {missing[:8]} ({len(missing)} names)")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                if tensor.shape != given[name].shape or tensor.dtype != given[name].dtype:
+                    raise ValueError(
+                        f"{name!r} is {given[name].dtype} {tuple(given[name].shape)} in the saved state, "
+                        f"{tensor.dtype} {tuple(tensor.shape)} in the model"
+                    )
+                tensor.copy_(given[name])
+        optimizer = state["optimizer"]
+        for now, then in zip(self.optimizer.param_groups, optimizer["param_groups"], strict=True):
+            if now.get("param_names") != then.get("param_names"):
+                raise ValueError("the optimizer's parameters differ from the saved ones in name or order")
+        self.optimizer.load_state_dict({
+            "state": {int(k): v for k, v in optimizer["state"].items()},
+            "param_groups": optimizer["param_groups"],
+        })
+        self.progress = Progress(**state["progress"])
+        self.interval_steps = state["interval"]["steps"]
+        loss = state["interval"].get("loss")
+        self.interval_loss = None if loss is None else loss.to(self.device)
+        self.skipped_steps = state["counters"]["skipped_steps"]
+        for name, value in state["plugins"].items():
+            if name in self.plugins:
+                self.plugins[name].load_state_dict(value)

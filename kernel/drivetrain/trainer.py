@@ -1,0 +1,222 @@
+"""`Trainer`: a list of plugins made into a plan, assembled into a run, and fitted."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+
+from drivetrain import loop
+from drivetrain.catalogue import Catalogue
+from drivetrain.data import Columns, Fetch, count_labels, count_shifted_labels
+from drivetrain.dispatch import callables
+from drivetrain.errors import CheckpointError, ConfigError, PlanError
+from drivetrain.plan import Plan, compose, name_plugins, plugin_frames
+from drivetrain.rng import global_seeder
+from drivetrain.state import Run, Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+@attrs.frozen
+class Result:
+    """How a run ended."""
+
+    steps: int
+    epochs: float
+    metrics: dict[str, float]
+    stopped: str | None
+    output: Path | None
+
+
+class Trainer:
+    """Train `model` with a list of plugins.
+
+    Args:
+        model: a `torch.nn.Module`, unless a plugin builds it.
+        plugins: instances, names from the catalogue, or (label, instance) pairs such as ("checkpoint:best", ...).
+        catalogue: where names are looked up (default: the installed entry points).
+        settings: output, epochs or steps, seed, device, log_every (see `Settings`).
+
+    Raises:
+        ConfigError: a setting is wrong. Problems of the composition are raised by `fit`, shown by `plan`.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module | None = None,
+        plugins: Sequence[Any] = (),
+        *,
+        catalogue: Catalogue | None = None,
+        **settings: Any,
+    ) -> None:
+        """Keep the parts; nothing is built before `fit`."""
+        self.model = model
+        self.catalogue = catalogue or Catalogue()
+        self.settings = self._settings(settings)
+        self.plugins = name_plugins(plugins, self.catalogue)
+        self.frozen = True  # False leaves hot hooks to pluggy; the parity test needs it
+        self.run: Run | None = None
+
+    @staticmethod
+    def _settings(values: dict[str, Any]) -> Settings:
+        try:
+            return Settings(**values)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{error}. Known settings: {', '.join(f.name for f in attrs.fields(Settings))}") from error
+
+    def plan(self, *, given: Sequence[str] = ()) -> Plan:
+        """Return who acts where and in which order, with every problem found; trains nothing."""
+        return compose(self.plugins, self.settings, self.catalogue, has_model=self.model is not None, given=given)[0]
+
+    def fit(
+        self, train: Any = None, evaluate: Any = None, *, resume: bool | str | Path = False, **settings: Any
+    ) -> Result:
+        """Train to the end.
+
+        Args:
+            train: a map-style dataset, a list of rows, or a dict of tensors; not needed if a plugin brings the data.
+            evaluate: the same, or a dict of named sets.
+            resume: True goes on from the newest valid checkpoint, "auto" does so if there is one, a path names one.
+            settings: override those given to `Trainer`, e.g. `epochs=3`.
+
+        Raises:
+            PlanError: the plugins cannot be composed; all problems are listed.
+            CheckpointError: `resume` asks for a checkpoint that is not there or not valid.
+        """
+        run = self.assemble(train, evaluate, **settings)
+        try:
+            if resume:
+                self._resume(run, resume)
+            run.settings.log_every.start(run)
+            run.model.train()
+            run.hooks.fit(run)
+        except BaseException as error:
+            for note in plugin_frames(error, run):
+                error.add_note(note)
+            raise
+        done = run.progress
+        epochs = done.epoch + done.rows_in_epoch / run.rows_per_epoch
+        return Result(done.step, epochs, dict(run.metrics), run.stopped, run.settings.output)
+
+    def evaluate(self, split: str = "evaluate") -> dict[str, float]:
+        """Evaluate a split of the run that was last assembled or fitted."""
+        return loop.evaluate(self._assembled(), split)
+
+    def export(self, format: str, path: str | Path) -> None:  # noqa: A002
+        """Write the model of the run in one of its plugins' formats."""
+        run = self._assembled()
+        exporters = {e.format: e for es in run.hooks.export(run) for e in es}
+        if format not in exporters:
+            raise ConfigError(f"no plugin of this run exports {format!r}. It has: {sorted(exporters) or 'no exporter'}")
+        exporters[format].write(run, Path(path))
+
+    def _assembled(self) -> Run:
+        if self.run is None:
+            raise ConfigError("nothing is assembled yet: call fit() or assemble() first")
+        return self.run
+
+    def _resume(self, run: Run, resume: bool | str | Path) -> None:
+        path = None if resume is True or resume == "auto" else Path(resume)
+        found = run.hooks.load(run, path)
+        if found is not None:
+            run.hooks.loaded(run, found)
+        elif resume != "auto":
+            raise CheckpointError(f"there is no checkpoint to resume in {run.settings.output}")
+
+    def assemble(self, train: Any = None, evaluate: Any = None, **settings: Any) -> Run:
+        """Build everything a run needs, without training; `fit` calls it."""
+        changed = {} if not settings else {**attrs.asdict(self.settings, recurse=False), **settings}
+        if "epochs" in settings or "steps" in settings:
+            changed.update({k: settings.get(k) for k in ("epochs", "steps")})
+        self.settings = self._settings(changed) if changed else self.settings
+        datasets = {"train": train, **_named_sets(evaluate)}
+        datasets = {k: _as_dataset(v) for k, v in datasets.items() if v is not None}
+        plan, manager = compose(
+            self.plugins, self.settings, self.catalogue, has_model=self.model is not None, given=list(datasets)
+        )
+        if plan.problems:
+            raise PlanError(plan.problems)
+        run = self.run = Run(self.settings, plan=plan, plugins=dict(self.plugins), facts=dict(plan.facts))
+        run.device = _device(self.settings.device)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            run.rank, run.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        manager.register(loop.Defaults(run, self.model, datasets), "drivetrain")
+        run.hooks = callables(manager, frozen=self.frozen)
+        _build(run)
+        if self.settings.output is not None and run.rank == 0:
+            self.settings.output.mkdir(parents=True, exist_ok=True)
+            (self.settings.output / "plan.json").write_text(json.dumps(plan.as_dict(), indent=2) + "\n")
+        return run
+
+
+def _named_sets(evaluate: Any) -> dict[str, Any]:
+    if isinstance(evaluate, dict) and not any(isinstance(v, torch.Tensor) for v in evaluate.values()):
+        return {f"evaluate/{name}": rows for name, rows in evaluate.items()}
+    return {"evaluate": evaluate}
+
+
+def _as_dataset(data: Any) -> Any:
+    if isinstance(data, dict):
+        return Columns(data)
+    if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+        raise ConfigError(f"data must be map-style (have __len__ and __getitem__). Received: {type(data).__name__}")
+    return data
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found if found is not None else torch.device("cpu")
+
+
+def _build(run: Run) -> None:
+    """Build model, data, optimizer and schedule through their hooks, and tell `assembled`."""
+    hooks, seed_global = run.hooks, global_seeder(torch.device("cpu"))
+    seed_global(run.seed_for("model"))
+    run.model = hooks.build_model(run)
+    for split in ["train", *dict.fromkeys(["evaluate", *_splits(run)])]:
+        dataset = hooks.build_dataset(run, split)
+        if dataset is not None:
+            _build_split(run, split, _as_dataset(dataset))
+    if "train" not in run.batches:
+        raise ConfigError("there is no training data: pass it to fit(), or name a data plugin")
+    run.model.to(run.device)
+    records = [t for ts in hooks.transforms(run) for t in ts]
+    for index, transform in enumerate(sorted(records, key=lambda t: t.stage)):
+        seed_global(run.seed_for("transform", index))
+        run.model = transform.apply(run.model)
+    run.optimizer = hooks.build_optimizer(run, hooks.parameter_groups(run))
+    run.parameters = tuple(p for group in run.optimizer.param_groups for p in group["params"])
+    for group in run.optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    settings, accumulation = run.settings, run.facts.get("accumulation", 1)
+    per_epoch = math.ceil(len(run.batches["train"]) / accumulation)
+    run.total_steps = settings.steps or math.ceil((settings.epochs or 0) * per_epoch)
+    run.schedule = hooks.build_schedule(run)
+    hooks.assembled(run)
+
+
+def _splits(run: Run) -> list[str]:
+    defaults = run.facts.get("splits", ())
+    return [*defaults]
+
+
+def _build_split(run: Run, split: str, dataset: Any) -> None:
+    if len(dataset) == 0:
+        raise ConfigError(f"the {split} data has no rows")
+    run.datasets[split] = dataset
+    collate = run.hooks.build_collator(run, split)
+    count = count_shifted_labels if run.shifted_labels else count_labels
+    stream = getattr(collate, "stream", None)
+    fetch = Fetch(dataset, collate, count, run.settings.seed, split, stream)
+    batches = run.hooks.build_batches(run, split, fetch, run.hooks.build_sampler(run, split))
+    if len(batches) == 0:
+        raise ConfigError(f"the {split} data has {len(dataset)} rows, fewer than one batch, and drop_last is set")
+    run.batches[split] = batches
