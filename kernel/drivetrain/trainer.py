@@ -143,6 +143,7 @@ class Trainer:
         if plan.problems:
             raise PlanError(plan.problems)
         run = self.run = Run(self.settings, plan=plan, plugins=dict(self.plugins), facts=dict(plan.facts))
+        run.facts["splits"] = [*run.facts.get("splits", ()), *datasets]
         run.device = _device(self.settings.device)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             run.rank, run.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -181,7 +182,7 @@ def _build(run: Run) -> None:
     hooks, seed_global = run.hooks, global_seeder(torch.device("cpu"))
     seed_global(run.seed_for("model"))
     run.model = hooks.build_model(run)
-    for split in ["train", *dict.fromkeys(["evaluate", *_splits(run)])]:
+    for split in dict.fromkeys(["train", "evaluate", *run.facts.get("splits", ())]):
         dataset = hooks.build_dataset(run, split)
         if dataset is not None:
             _build_split(run, split, _as_dataset(dataset))
@@ -201,11 +202,6 @@ def _build(run: Run) -> None:
     run.total_steps = settings.steps or math.ceil((settings.epochs or 0) * per_epoch)
     run.schedule = hooks.build_schedule(run)
     hooks.assembled(run)
-
-
-def _splits(run: Run) -> list[str]:
-    defaults = run.facts.get("splits", ())
-    return [*defaults]
 
 
 def _build_split(run: Run, split: str, dataset: Any) -> None:

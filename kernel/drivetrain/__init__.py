@@ -1,0 +1,59 @@
+"""drivetrain: a training framework for PyTorch built as a microkernel of hooks and plugins."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from drivetrain.catalogue import Catalogue
+    from drivetrain.data import Columns, InProcess, Shuffled, stack
+    from drivetrain.errors import (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        DrivetrainError,
+        MissingDependency,
+        PlanError,
+        Problem,
+        RecipeError,
+        TrainingError,
+    )
+    from drivetrain.hooks import Hooks, collect, event, hookimpl, operation
+    from drivetrain.options import option, plugin, require
+    from drivetrain.plan import Plan
+    from drivetrain.recipe import Recipe
+    from drivetrain.state import Exporter, Metric, Micro, Run, Settings, Stage, Step, Transform
+    from drivetrain.trainer import Result, Trainer
+    from drivetrain.triggers import Trigger
+
+_HOMES = {
+    "catalogue": ["Catalogue"],
+    "data": ["Columns", "InProcess", "Shuffled", "stack"],
+    "errors": [
+        "CheckpointError", "ConfigError", "DataError", "DrivetrainError", "MissingDependency",
+        "PlanError", "Problem", "RecipeError", "TrainingError",
+    ],
+    "hooks": ["Hooks", "collect", "event", "hookimpl", "operation"],
+    "options": ["option", "plugin", "require"],
+    "plan": ["Plan"],
+    "recipe": ["Recipe"],
+    "state": ["Exporter", "Metric", "Micro", "Run", "Settings", "Stage", "Step", "Transform"],
+    "trainer": ["Result", "Trainer"],
+    "triggers": ["Trigger"],
+}  # fmt: skip
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+__version__ = "0.1.0"
+__all__ = [  # noqa: PLE0604 - checked against _HOMES by the tests
+    *_HOME,
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name's module when it is first used, so that `import drivetrain` costs nothing."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'drivetrain' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"drivetrain.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
