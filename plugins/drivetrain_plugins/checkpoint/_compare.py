@@ -1,0 +1,94 @@
+"""What differs between a checkpoint and the run that is to go on from it."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+import drivetrain
+from drivetrain_plugins.checkpoint._format import encode
+
+if TYPE_CHECKING:
+    from drivetrain import Run
+
+log = logging.getLogger("drivetrain")
+
+
+def plugin_list(run: Run) -> dict[str, Any]:
+    """Return what the manifest says about each plugin of the run, in the run's order."""
+    listed = {}
+    for name, about in run.plan.plugins.items():
+        kept = {key: about[key] for key in ("role", "class", "distribution", "version")}
+        effect = getattr(run.plugins[name], "effect", "changes")
+        listed[name] = {**kept, "effect": effect, "options": encode(about["options"]).tree}
+    return listed
+
+
+def settings(run: Run) -> dict[str, Any]:
+    """Return the settings and facts on which the course of the run depends."""
+    return {"seed": run.settings.seed, "rows_per_epoch": run.rows_per_epoch, "total_steps": run.total_steps}
+
+
+def environment(run: Run) -> dict[str, Any]:
+    """Return what the exact bits of a step depend on outside the run."""
+    return {
+        "drivetrain": drivetrain.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "device": run.device.type,
+    }
+
+
+def differences(manifest: dict[str, Any], run: Run, ties: dict[str, str]) -> list[str]:
+    """Return a line for each difference after which the run would not be the one that was saved.
+
+    Plugins that only observe may come, go and change.
+    """
+    then, now = _changing(manifest["plugins"]), _changing(plugin_list(run))
+    lines = [f"- {name} {_brief(then[name])}" for name in then if name not in now]
+    lines += [f"+ {name} {_brief(now[name])}" for name in now if name not in then]
+    for name in (n for n in then if n in now):
+        old, new = _flat(then[name]), _flat(now[name])
+        pairs = ((key, old.get(key, "absent"), new.get(key, "absent")) for key in sorted(old.keys() | new.keys()))
+        lines += [f"~ {name}: {key} was {a!r}, is {b!r}" for key, a, b in pairs if a != b]
+    order = [[n for n in names if n in then and n in now] for names in (then, now)]
+    if order[0] != order[1]:
+        lines.append(f"~ order: was {', '.join(order[0])}; is {', '.join(order[1])}")
+    for key in ("seed", "rows_per_epoch"):
+        if manifest["settings"].get(key) != settings(run)[key]:
+            lines.append(f"~ run: {key} was {manifest['settings'].get(key)!r}, is {settings(run)[key]!r}")
+    if manifest["world_size"] != run.world_size:
+        lines.append(f"~ run: world size was {manifest['world_size']}, is {run.world_size}")
+    for name in sorted(manifest["aliases"].keys() | ties.keys()):
+        was, is_now = (f"tied to {t[name]}" if name in t else "not tied" for t in (manifest["aliases"], ties))
+        if was != is_now:
+            lines.append(f"~ model: {name} was {was}, is {is_now}")
+    return lines
+
+
+def warn_about_environment(manifest: dict[str, Any], run: Run) -> None:
+    """Say that bits may differ, where the machine or the libraries do."""
+    then, now = manifest["environment"], environment(run)
+    changed = [k for k in ("torch", "cpu_capability", "device") if then.get(k) != now[k]]
+    if changed:
+        was = ", ".join(f"{k} was {then.get(k)!r}, is {now[k]!r}" for k in changed)
+        log.warning("checkpoint: going on bit for bit is not promised here: %s", was)
+
+
+def _changing(plugins: dict[str, Any]) -> dict[str, Any]:
+    return {name: about for name, about in plugins.items() if about["effect"] != "observes"}
+
+
+def _flat(about: dict[str, Any]) -> dict[str, Any]:
+    return {**{k: v for k, v in about.items() if k != "options"}, **about["options"]}
+
+
+def _brief(about: dict[str, Any]) -> str:
+    source = f"{about['distribution']} {about['version']}" if about["distribution"] else about["class"]
+    return f"({source}) " + ", ".join(f"{k}={v!r}" for k, v in about["options"].items())
