@@ -29,11 +29,20 @@ def _epochs_or_steps(instance: Settings, attribute: attrs.Attribute[Any], value:
         raise ValueError(f"epochs and steps contradict each other: give one. Received: {instance.epochs=} {value=}")
 
 
+def _folder(value: str | Path | None) -> Path | None:
+    """Read the run's folder: "~" is the home, and what no shell has expanded is no name for a folder."""
+    if value is None:
+        return None
+    if not str(value).strip() or {"$", "\0"} & {*str(value)}:
+        raise ValueError(f"output must name a folder; variables are not expanded. Received: {str(value)!r}")
+    return Path(value).expanduser()
+
+
 @attrs.define(kw_only=True)
 class Settings:
     """The `[run]` table: what belongs to no plugin."""
 
-    output: Path | None = option(None, converter=lambda v: None if v is None else Path(v), help="the run's folder")
+    output: Path | None = option(None, converter=_folder, help="the run's folder")
     epochs: float | None = option(None, gt=0, lt=2**31, help="passes over the training data")
     steps: int | None = attrs.field(
         default=None,

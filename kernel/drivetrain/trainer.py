@@ -147,11 +147,12 @@ class Trainer:
         run.device = _device(self.settings.device)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             run.rank, run.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        if self.settings.output is not None and run.rank == 0:
+            _make_folder(self.settings.output)
         manager.register(loop.Defaults(run, self.model, datasets), "drivetrain")
         run.hooks = callables(manager, frozen=self.frozen)
         _build(run)
         if self.settings.output is not None and run.rank == 0:
-            self.settings.output.mkdir(parents=True, exist_ok=True)
             (self.settings.output / "plan.json").write_text(json.dumps(plan.as_dict(), indent=2) + "\n")
         return run
 
@@ -172,9 +173,20 @@ def _as_dataset(data: Any) -> Any:
 
 def _device(name: str) -> torch.device:
     if name != "auto":
-        return torch.device(name)
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:  # an unknown name, or none of its kind here
+            reason = str(error).partition("\n")[0]
+            raise ConfigError(f"the device {name!r} cannot be used: {reason}. Take 'auto', or one there is") from error
     found = torch.accelerator.current_accelerator(check_available=True)
     return found if found is not None else torch.device("cpu")
+
+
+def _make_folder(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the run's folder {output} cannot be made: {error.strerror}. Choose another") from error
 
 
 def _build(run: Run) -> None:
