@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from drivetrain.hooks import Hooks, collect, event, hookimpl, operation
-    from drivetrain.options import option, plugin, require
+    from drivetrain.options import import_object, option, plugin, require
     from drivetrain.plan import Plan
     from drivetrain.recipe import Recipe
     from drivetrain.state import Exporter, Metric, Micro, Run, Settings, Stage, Step, Transform
@@ -35,7 +35,7 @@ _HOMES = {
         "PlanError", "Problem", "RecipeError", "TrainingError",
     ],
     "hooks": ["Hooks", "collect", "event", "hookimpl", "operation"],
-    "options": ["option", "plugin", "require"],
+    "options": ["import_object", "option", "plugin", "require"],
     "plan": ["Plan"],
     "recipe": ["Recipe"],
     "state": ["Exporter", "Metric", "Micro", "Run", "Settings", "Stage", "Step", "Transform"],

@@ -73,7 +73,19 @@ class Fetch:
     stream: str | None = None  # set by a collator that draws: it is then called with `generator=`
 
     def rows(self, indices: torch.Tensor, epoch: int) -> Sequence[Any]:
-        """Return the rows of `indices`; global generators are seeded for each row, or once where rows come whole."""
+        """Return the rows of `indices`; global generators are seeded for each row, or once where rows come whole.
+
+        Python's and numpy's are put back, so that a model which draws from them sees the same with any worker count;
+        torch's is seeded at each step anyway.
+        """
+        held = random.getstate(), np.random.get_state()  # noqa: NPY002
+        try:
+            return self._pick(indices, epoch)
+        finally:
+            random.setstate(held[0])
+            np.random.set_state(held[1])  # noqa: NPY002
+
+    def _pick(self, indices: torch.Tensor, epoch: int) -> Sequence[Any]:
         whole = getattr(self.dataset, "__getitems__", None)
         if whole is not None:
             self.seed_globals(epoch, int(indices[0]))
@@ -89,7 +101,7 @@ class Fetch:
         return picked
 
     def seed_globals(self, epoch: int, index: int) -> None:
-        """Seed what augmentations draw from; training re-seeds at each step, so nothing needs restoring."""
+        """Seed what augmentations draw from, by the row and the epoch."""
         seed = derive_seed(self.seed, f"rows/{self.split}", epoch, index)
         torch.default_generator.manual_seed(seed)
         random.seed(seed)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
 
 import attrs
 
-from drivetrain.errors import MissingDependency, Problem, nearest
+from drivetrain.errors import ConfigError, MissingDependency, Problem, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -32,8 +32,12 @@ def option(
     converter: Callable[[Any], Any] | None = None,
     secret: bool = False,
     factory: Callable[[], Any] | None = None,
+    init: bool = True,
 ) -> Any:
-    """Declare one option of a plugin with its bounds; a bad value is refused with the bound and the value."""
+    """Declare one option of a plugin with its bounds; a bad value is refused with the bound and the value.
+
+    `init=False` makes it a plain attribute that a run sets and nobody can pass.
+    """
     bounds = [(">=", ge), (">", gt), ("<=", le), ("<", lt)]
     limits = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
 
@@ -41,7 +45,12 @@ def option(
         for part in value if isinstance(value, (list, tuple)) else [value]:
             if limits and part is not None:
                 number = isinstance(part, (int, float)) and not isinstance(part, bool)
-                tests = {">=": lambda v, b: v >= b, ">": lambda v, b: v > b, "<=": lambda v, b: v <= b, "<": lambda v, b: v < b}
+                tests = {
+                    ">=": lambda v, b: v >= b,
+                    ">": lambda v, b: v > b,
+                    "<=": lambda v, b: v <= b,
+                    "<": lambda v, b: v < b,
+                }
                 if not number or not all(bound is None or tests[sign](part, bound) for sign, bound in bounds):
                     raise ValueError(f"{attribute.name} must be a number {limits}. Received: {value!r}")
         if choices is not None and value not in choices:
@@ -50,8 +59,8 @@ def option(
 
     metadata = {"help": help, "limits": limits, "choices": choices, "secret": secret}
     if factory is not None:
-        return attrs.field(factory=factory, validator=check, converter=converter, metadata=metadata)
-    return attrs.field(default=default, validator=check, converter=converter, metadata=metadata)
+        return attrs.field(factory=factory, validator=check, converter=converter, metadata=metadata, init=init)
+    return attrs.field(default=default, validator=check, converter=converter, metadata=metadata, init=init)
 
 
 @dataclass_transform(eq_default=False, field_specifiers=(attrs.field, option))
@@ -115,12 +124,30 @@ def option_values(plugin: object) -> dict[str, Any]:
     }
 
 
+def import_object(target: str, *, plugin: str) -> Any:
+    """Return the object that "package.module:name" names, or say what is wrong with the name."""
+    module, _, name = target.partition(":")
+    where = f"plugin {plugin!r}"
+    if not module or not name:
+        raise ConfigError([Problem('an importable object is written "package.module:name"', repr(target), where=where)])
+    try:
+        found: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        do = f"install {error.name!r}, or put its folder on the path (a recipe's own folder is on it)"
+        raise ConfigError([Problem(f"{target!r} cannot be imported", str(error), do, where)]) from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ConfigError([Problem(f"{module!r} has no {name!r}", do=nearest(part, dir(found)), where=where)])
+        found = getattr(found, part)
+    return found
+
+
 def require(module: str, *, extra: str, plugin: str) -> ModuleType:
     """Import a heavy library for `plugin`, or say how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         name = error.name or module
-        raise MissingDependency([
-            Problem(f"plugin {plugin!r} needs the package {name!r}", str(error), f"pip install 'drivetrain[{extra}]'")
-        ]) from error
+        raise MissingDependency(
+            [Problem(f"plugin {plugin!r} needs the package {name!r}", str(error), f"pip install 'drivetrain[{extra}]'")]
+        ) from error

@@ -146,7 +146,9 @@ def compose(
     for plugin in sound.values():
         facts.update(getattr(plugin, "facts", {}))
     shown = {f.name: getattr(settings, f.name) for f in attrs.fields(type(settings))}
-    plan = Plan(about, hooks, facts, {k: v if isinstance(v, (int, float, type(None))) else str(v) for k, v in shown.items()})
+    plan = Plan(
+        about, hooks, facts, {k: v if isinstance(v, (int, float, type(None))) else str(v) for k, v in shown.items()}
+    )
     problems += _two_owners(owners)
     problems += _words(sound)
     problems += _unreachable(plan, sound)
@@ -173,7 +175,9 @@ def check_plugin(name: str, plugin: object, manager: Manager) -> list[Problem]:
     try:
         hash(plugin)
     except TypeError:
-        problems.append(Problem(f"plugin {name!r} is not hashable", repr(cls), "use @plugin or @attrs.define(eq=False)"))
+        problems.append(
+            Problem(f"plugin {name!r} is not hashable", repr(cls), "use @plugin or @attrs.define(eq=False)")
+        )
     known = manager.names
     for attribute in dir(cls):
         function = inspect.getattr_static(cls, attribute)
@@ -297,18 +301,23 @@ def _unreachable(plan: Plan, plugins: dict[str, Any]) -> list[Problem]:
     return problems
 
 
-def _unread(
-    plan: Plan, plugins: dict[str, Any], owners: dict[str, list[str]], given: Sequence[str]
-) -> list[Problem]:
+def _unread(plan: Plan, plugins: dict[str, Any], owners: dict[str, list[str]], given: Sequence[str]) -> list[Problem]:
     """Find values that nobody will read."""
     problems = []
     for fact, hook in READERS.items():
         for owner in owners.get(hook, ()):
             if fact in plan.facts and fact not in getattr(plugins[owner], "reads", ()):
                 what = f"{fact}={plan.facts[fact]} would not be read"
-                problems.append(Problem(what, f"{owner!r} owns {hook!r}", f"take out {owner!r} or {fact!r}", kind="conflict"))
+                problems.append(
+                    Problem(what, f"{owner!r} owns {hook!r}", f"take out {owner!r} or {fact!r}", kind="conflict")
+                )
+    if given and "build_dataset" in owners:
+        what = f"the data given to fit() would not be read: {owners['build_dataset'][0]!r} brings the data"
+        problems.append(Problem(what, f"splits {list(given)}", "give the data in one place", kind="conflict"))
     if any(s.startswith("evaluate") for s in given) and plan.hooks["evaluate"].owner is None:
-        problems.append(Problem("evaluation data is given, but no plugin evaluates", do="add Evaluate()", kind="missing"))
+        problems.append(
+            Problem("evaluation data is given, but no plugin evaluates", do="add Evaluate()", kind="missing")
+        )
     return problems
 
 

@@ -41,6 +41,7 @@ def environment(run: Run) -> dict[str, Any]:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
         "device": run.device.type,
     }
 
@@ -75,7 +76,7 @@ def differences(manifest: dict[str, Any], run: Run, ties: dict[str, str]) -> lis
 def warn_about_environment(manifest: dict[str, Any], run: Run) -> None:
     """Say that bits may differ, where the machine or the libraries do."""
     then, now = manifest["environment"], environment(run)
-    changed = [k for k in ("torch", "cpu_capability", "device") if then.get(k) != now[k]]
+    changed = [k for k in ("torch", "cpu_capability", "threads", "device") if then.get(k) != now[k]]
     if changed:
         was = ", ".join(f"{k} was {then.get(k)!r}, is {now[k]!r}" for k in changed)
         log.warning("checkpoint: going on bit for bit is not promised here: %s", was)

@@ -1,0 +1,50 @@
+"""Accuracy, streamed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import attrs
+import torch
+
+from drivetrain import TrainingError, hookimpl, plugin
+
+if TYPE_CHECKING:
+    from drivetrain import Micro, Run
+
+
+@attrs.define(eq=False)
+class StreamingAccuracy:
+    """Count hits on the device; one number leaves it at the end."""
+
+    world_size: int
+    counts: torch.Tensor  # float64 [hits, items]
+
+    def update(self, micro: Micro) -> None:
+        """Add a batch: outputs["logits"] (..., C) against batch["labels"] (...), where -100 does not count."""
+        outputs, batch = micro.outputs, micro.batch
+        if not hasattr(outputs, "keys") or "logits" not in outputs or "labels" not in batch:
+            raise TrainingError(
+                f"accuracy needs outputs with 'logits' and batches with 'labels'. Received: {type(outputs).__name__}"
+            )
+        labels = batch["labels"]
+        counted = labels != -100  # noqa: PLR2004 - the field's ignore index
+        self.counts[0] += ((outputs["logits"].argmax(-1) == labels) & counted).sum()
+        self.counts[1] += counted.sum()
+
+    def compute(self) -> dict[str, float]:
+        """Return the share of hits over all ranks."""
+        if self.world_size > 1:
+            torch.distributed.all_reduce(self.counts)
+        hits, items = self.counts.tolist()
+        return {"accuracy": hits / items if items else 0.0}
+
+
+@plugin(role="evaluate", effect="observes", requires=["evaluation"])
+class Accuracy:
+    """Measure how often the largest logit is the label."""
+
+    @hookimpl
+    def metrics(self, run: Run) -> list[StreamingAccuracy]:
+        """Return a fresh count for this evaluation."""
+        return [StreamingAccuracy(run.world_size, torch.zeros(2, dtype=torch.float64, device=run.device))]

@@ -1,0 +1,43 @@
+"""Where exports go, and how they get there whole."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from drivetrain import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from drivetrain import Run
+
+
+def target(run: Run, to: str | None, name: str, plugin: str) -> Path:
+    """Return the export's path: `to`, or `name` in the run's folder."""
+    if to is not None:
+        return Path(to).expanduser()
+    if run.settings.output is None:
+        raise ConfigError(f"{plugin} needs a place: give it `to`, or give the run a folder ([run] output = ...)")
+    return run.settings.output / name
+
+
+def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file or folder beside `path`, then put it in place of what is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+    for left_over in (fresh, old):
+        _remove(left_over)
+    write(fresh)
+    if path.exists():
+        path.rename(old)
+    fresh.rename(path)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,70 @@
+"""The log as a JSON-lines file, complete and without doubled points after a resume."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import IO, TYPE_CHECKING, Any
+
+from drivetrain import ConfigError, hookimpl, option, plugin
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from pathlib import Path
+
+    from drivetrain import Run
+
+
+@plugin(role="report", effect="observes", provides=["log"])
+class JsonlLog:
+    """Write every log as one JSON line to OUTPUT/log.jsonl; non-finite numbers are written as strings."""
+
+    name: str = option("log.jsonl", help="file in the run's folder")
+    _file: IO[str] | None = option(None, init=False)
+    _resumed: bool = option(False, init=False)
+
+    @hookimpl
+    def assembled(self, run: Run) -> None:
+        """Refuse a run without a folder."""
+        if run.settings.output is None:
+            raise ConfigError("jsonl-log needs the run's folder: Trainer(..., output=...) or [run] output = ...")
+        self._resumed = False
+
+    @hookimpl
+    def loaded(self, run: Run, path: Path) -> None:  # noqa: ARG002
+        """Keep what was logged up to the checkpoint; what came after will be logged again."""
+        self._resumed = True
+        file = self._path(run)
+        if run.rank != 0 or not file.exists():
+            return
+        kept = []
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:  # the last line of a run that was killed
+                continue
+            if row["step"] <= run.progress.step:
+                kept.append(line + "\n")
+        file.write_text("".join(kept), encoding="utf-8")
+
+    @hookimpl(wrapper=True)
+    def fit(self, run: Run) -> Generator[None, Any, Any]:
+        """Hold the file open while the run lasts."""
+        if run.rank != 0:
+            return (yield)
+        with self._path(run).open("a" if self._resumed else "w", encoding="utf-8", buffering=1) as self._file:
+            try:
+                return (yield)
+            finally:
+                self._file = None
+
+    @hookimpl
+    def log(self, run: Run, metrics: dict[str, float]) -> None:
+        """Write one line."""
+        if self._file is not None:
+            shown = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+            self._file.write(json.dumps({"step": run.progress.step, **shown}) + "\n")
+
+    def _path(self, run: Run) -> Path:
+        assert run.settings.output is not None  # refused when assembled
+        return run.settings.output / self.name
