@@ -44,9 +44,44 @@ _HOMES = {
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __version__ = "0.1.0"
-__all__ = [  # noqa: PLE0604 - checked against _HOMES by the tests
-    *_HOME,
+__all__ = [
+    "Catalogue",
+    "CheckpointError",
+    "Columns",
+    "ConfigError",
+    "DataError",
+    "DrivetrainError",
+    "Exporter",
+    "Hooks",
+    "InProcess",
+    "Metric",
+    "Micro",
+    "MissingDependency",
+    "Plan",
+    "PlanError",
+    "Problem",
+    "Recipe",
+    "RecipeError",
+    "Result",
+    "Run",
+    "Settings",
+    "Shuffled",
+    "Stage",
+    "Step",
+    "Trainer",
+    "TrainingError",
+    "Transform",
+    "Trigger",
     "__version__",
+    "collect",
+    "event",
+    "hookimpl",
+    "import_object",
+    "operation",
+    "option",
+    "plugin",
+    "require",
+    "stack",
 ]
 
 

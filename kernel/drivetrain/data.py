@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from drivetrain.state import Order
+
+
+IGNORE_INDEX = -100  # the label that every loss passes over
 
 
 class Columns(torch.utils.data.Dataset[Any]):
@@ -53,7 +57,7 @@ def count_labels(batch: Any) -> int | None:
     if not isinstance(labels, torch.Tensor):
         return None
     array = labels.numpy()
-    return int(np.count_nonzero(array != -100)) if array.dtype.kind in "iu" else len(array)
+    return int(np.count_nonzero(array != IGNORE_INDEX)) if array.dtype.kind in "iu" else len(array)
 
 
 def count_shifted_labels(batch: Any) -> int | None:
@@ -141,7 +145,7 @@ class InProcess:
 
     def __len__(self) -> int:
         """Return the number of micro-batches in an epoch."""
-        return -(-self.rows_per_epoch // (self.batch_size * self.world_size))
+        return math.ceil(self.rows_per_epoch / (self.batch_size * self.world_size))
 
     def positions(self, epoch: int, start: int) -> Iterator[tuple[torch.Tensor, int, int]]:
         """Yield (row numbers, epoch, position) of this rank's micro-batches."""

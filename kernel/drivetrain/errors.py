@@ -60,7 +60,7 @@ class PlanError(ConfigError):
     """The plugins cannot be composed into a run."""
 
 
-class MissingDependency(ConfigError):
+class MissingDependency(ConfigError):  # noqa: N818 - names what is missing
     """A plugin needs a package that is not installed; the message has the install line."""
 
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from drivetrain.data import Sequential, Shuffled, stack
-from drivetrain.data import InProcess as DefaultBatches
+from drivetrain.data import InProcess, Sequential, Shuffled, stack
 from drivetrain.errors import ConfigError, TrainingError
 from drivetrain.hooks import hookimpl
 from drivetrain.rng import derive_seed, global_seeder
@@ -165,14 +164,15 @@ class Defaults:
     def compute_loss(self, micro: Micro) -> torch.Tensor:
         """Take the model's own mean loss."""
         outputs = micro.outputs
-        loss = outputs if isinstance(outputs, torch.Tensor) else outputs["loss"] if "loss" in outputs else None
+        loss = outputs if isinstance(outputs, torch.Tensor) else outputs.get("loss")
         if loss is None or loss.ndim:
             raise TrainingError(
                 "the model returned no scalar loss and no plugin owns compute_loss. "
                 f"Received: {type(outputs).__name__} {list(outputs) if hasattr(outputs, 'keys') else ''}. "
                 "Return the mean loss (a 0-dim tensor, or under the key 'loss'), or name a loss plugin"
             )
-        return loss if micro.scale == 1.0 else loss * micro.scale
+        scaled: torch.Tensor = loss if micro.scale == 1.0 else loss * micro.scale
+        return scaled
 
     @hookimpl
     def backward(self, micro: Micro) -> None:
@@ -278,7 +278,7 @@ class Defaults:
     @hookimpl
     def build_batches(self, run: Run, split: str, fetch: Any, sampler: Any) -> Any:  # noqa: ARG002
         """Make batches of 8 in this process."""
-        return DefaultBatches(fetch, sampler, 8, rank=run.rank, world_size=run.world_size)
+        return InProcess(fetch, sampler, 8, rank=run.rank, world_size=run.world_size)
 
     @hookimpl
     def parameter_groups(self, run: Run) -> list[dict[str, Any]]:

@@ -41,6 +41,8 @@ def option(
     bounds = [(">=", ge), (">", gt), ("<=", le), ("<", lt)]
     limits = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
 
+    metadata = {"help": help, "limits": limits, "choices": choices, "secret": secret}
+
     def check(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
         for part in value if isinstance(value, (list, tuple)) else [value]:
             if limits and part is not None:
@@ -57,7 +59,6 @@ def option(
             hint = nearest(value, map(str, choices)) if isinstance(value, str) else ""
             raise ValueError(f"{attribute.name} must be one of {list(choices)}. Received: {value!r} {hint}".rstrip())
 
-    metadata = {"help": help, "limits": limits, "choices": choices, "secret": secret}
     if factory is not None:
         return attrs.field(factory=factory, validator=check, converter=converter, metadata=metadata, init=init)
     return attrs.field(default=default, validator=check, converter=converter, metadata=metadata, init=init)
@@ -114,7 +115,7 @@ def option_values(plugin: object) -> dict[str, Any]:
             return [plain(v) for v in value]
         if isinstance(value, dict):
             return {str(k): plain(v) for k, v in value.items()}
-        own = type(value).__str__ is not object.__str__ and type(value).__module__.startswith("drivetrain")
+        own = type(value).__module__.startswith("drivetrain") and "__str__" in vars(type(value))
         return str(value) if own else f"<{type(value).__module__}.{type(value).__qualname__}>"
 
     fields = option_fields(type(plugin))

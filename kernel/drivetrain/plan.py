@@ -141,7 +141,7 @@ def compose(
     for name in reversed(sound):  # pluggy calls the last registered first
         manager.register(sound[name], name)
     hooks = {hook: _acting(manager, hook) for hook in manager.names}
-    about = {name: _about(name, plugin, catalogue) for name, plugin in sound.items()}
+    about = {name: _about(plugin, catalogue) for name, plugin in sound.items()}
     facts: dict[str, Any] = {}
     for plugin in sound.values():
         facts.update(getattr(plugin, "facts", {}))
@@ -236,7 +236,7 @@ def _has_default(hook: str) -> bool:
     return hasattr(Defaults, hook)
 
 
-def _about(name: str, plugin: object, catalogue: Catalogue) -> dict[str, Any]:
+def _about(plugin: object, catalogue: Catalogue) -> dict[str, Any]:
     entry, cls = catalogue.entry_of(plugin), type(plugin)
     return {
         "role": getattr(cls, "role", "-"),
@@ -250,7 +250,7 @@ def _about(name: str, plugin: object, catalogue: Catalogue) -> dict[str, Any]:
 
 def _two_owners(owners: dict[str, list[str]]) -> list[Problem]:
     return [
-        Problem(f"two plugins own {hook!r}", " and ".join(names), f"take out all but one of them", kind="conflict")
+        Problem(f"two plugins own {hook!r}", " and ".join(names), "take out all but one of them", kind="conflict")
         for hook, names in owners.items()
         if len(names) > 1
     ]

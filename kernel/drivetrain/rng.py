@@ -37,7 +37,7 @@ def global_seeder(device: torch.device) -> Callable[[int], object]:
     if device.type == "cpu":
         return cpu
     if device.type == "cuda":
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         own = torch.cuda.default_generators[device.index or 0].manual_seed
 
         def seed_both(seed: int) -> None:

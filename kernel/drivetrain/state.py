@@ -24,34 +24,27 @@ if TYPE_CHECKING:
     from drivetrain.plan import Plan
 
 
-def _epochs_or_steps(instance: Settings, attribute: attrs.Attribute[Any], value: object) -> None:
-    if instance.epochs is not None and value is not None:
-        raise ValueError(f"epochs and steps contradict each other: give one. Received: {instance.epochs=} {value=}")
-
-
-def _folder(value: str | Path | None) -> Path | None:
-    """Read the run's folder: "~" is the home, and what no shell has expanded is no name for a folder."""
-    if value is None:
-        return None
-    if not str(value).strip() or {"$", "\0"} & {*str(value)}:
-        raise ValueError(f"output must name a folder; variables are not expanded. Received: {str(value)!r}")
-    return Path(value).expanduser()
+def _path(value: str | Path | None) -> Path | None:
+    if value == "":
+        raise ValueError("output is empty: name a folder, or leave it out")
+    return None if value is None else Path(value).expanduser()
 
 
 @attrs.define(kw_only=True)
 class Settings:
     """The `[run]` table: what belongs to no plugin."""
 
-    output: Path | None = option(None, converter=_folder, help="the run's folder")
+    output: Path | None = option(None, converter=_path, help="the run's folder")  # noqa: RUF009 - attrs
     epochs: float | None = option(None, gt=0, lt=2**31, help="passes over the training data")
-    steps: int | None = attrs.field(
-        default=None,
-        validator=[option(ge=1, lt=2**53)._validator, _epochs_or_steps],
-        metadata={"help": "optimizer steps, instead of epochs", "limits": ">= 1"},
-    )
+    steps: int | None = option(None, ge=1, lt=2**53, help="optimizer steps, instead of epochs")
     seed: int = option(0, ge=0, lt=2**63, help="every stream of the run derives from it")
     device: str = option("auto", help='"auto", or what torch.device takes')
-    log_every: Trigger = option("50 steps", converter=Trigger.parse, help="how often `log` is fired")
+    log_every: Trigger = option("50 steps", converter=Trigger.parse, help="how often `log` is fired")  # noqa: RUF009 - attrs
+
+    def __attrs_post_init__(self) -> None:
+        """Refuse two lengths."""
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError(f"epochs and steps contradict each other. Received: {self.epochs=}, {self.steps=}")
 
 
 class Stage(enum.IntEnum):
@@ -291,10 +284,12 @@ class Run:
         for now, then in zip(self.optimizer.param_groups, optimizer["param_groups"], strict=True):
             if now.get("param_names") != then.get("param_names"):
                 raise ValueError("the optimizer's parameters differ from the saved ones in name or order")
-        self.optimizer.load_state_dict({
-            "state": {int(k): v for k, v in optimizer["state"].items()},
-            "param_groups": optimizer["param_groups"],
-        })
+        self.optimizer.load_state_dict(
+            {
+                "state": {int(k): v for k, v in optimizer["state"].items()},
+                "param_groups": optimizer["param_groups"],
+            }
+        )
         self.progress = Progress(**state["progress"])
         self.interval_steps = state["interval"]["steps"]
         loss = state["interval"].get("loss")

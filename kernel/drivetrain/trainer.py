@@ -20,7 +20,7 @@ from drivetrain.rng import global_seeder
 from drivetrain.state import Run, Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
 
 @attrs.frozen
@@ -68,7 +68,9 @@ class Trainer:
         try:
             return Settings(**values)
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"{error}. Known settings: {', '.join(f.name for f in attrs.fields(Settings))}") from error
+            raise ConfigError(
+                f"{error}. Known settings: {', '.join(f.name for f in attrs.fields(Settings))}"
+            ) from error
 
     def plan(self, *, given: Sequence[str] = ()) -> Plan:
         """Return who acts where and in which order, with every problem found; trains nothing."""
@@ -122,7 +124,7 @@ class Trainer:
         return self.run
 
     def _resume(self, run: Run, resume: bool | str | Path) -> None:
-        path = None if resume is True or resume == "auto" else Path(resume)
+        path = Path(resume) if isinstance(resume, (str, Path)) and resume != "auto" else None
         found = run.hooks.load(run, path)
         if found is not None:
             run.hooks.loaded(run, found)

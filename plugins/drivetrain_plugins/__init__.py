@@ -57,7 +57,32 @@ _HOME = {
     "TensorBoard": "report.tensorboard",
     "Tokenize": "data.tokenize",
 }
-__all__ = [*_HOME]  # noqa: PLE0604 - checked against the entry points by the tests
+__all__ = [
+    "BF16",
+    "SGD",
+    "Accumulate",
+    "Accuracy",
+    "AdamW",
+    "Checkpoint",
+    "Clip",
+    "Constant",
+    "Evaluate",
+    "ExportHF",
+    "ExportSafetensors",
+    "HFDataset",
+    "HFModel",
+    "Jsonl",
+    "JsonlLog",
+    "Linear",
+    "Loader",
+    "Module",
+    "Pad",
+    "Progress",
+    "Rows",
+    "Stack",
+    "TensorBoard",
+    "Tokenize",
+]
 
 
 def __getattr__(name: str) -> object:

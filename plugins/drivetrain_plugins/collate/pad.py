@@ -52,8 +52,8 @@ class PadCollator:
         return torch.tensor([list(v) + [fill] * (length - len(v)) for v in values])
 
 
-def _fields(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    return sorted({tuple(sorted(row)) for row in rows})  # type: ignore[arg-type,return-value]
+def _fields(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    return sorted({tuple(sorted(row)) for row in rows})
 
 
 @plugin(role="collate")

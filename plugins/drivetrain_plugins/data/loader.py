@@ -26,7 +26,7 @@ class _Positions(torch.utils.data.Dataset[Any]):
         return made
 
 
-def _whole(micro: Micro) -> Micro:
+def _whole(micro: Any) -> Any:
     return micro
 
 
@@ -43,7 +43,7 @@ class InWorkers(InProcess):
         """Yield the micro-batches of `epoch` from row `start` on."""
         loader = torch.utils.data.DataLoader(
             _Positions(self.fetch),
-            sampler=list(self.positions(epoch, start)),  # type: ignore[arg-type]  # keys, not numbers
+            sampler=list(self.positions(epoch, start)),
             batch_size=None,
             collate_fn=_whole,
             num_workers=self.workers,
@@ -54,7 +54,7 @@ class InWorkers(InProcess):
         )
         for micro in loader:
             if self.pin_memory:
-                micro.batch = torch.utils.data._utils.pin_memory.pin_memory(micro.batch)  # noqa: SLF001
+                micro.batch = torch.utils.data._utils.pin_memory.pin_memory(micro.batch)  # type: ignore[no-untyped-call]  # noqa: SLF001
             yield micro
 
 

@@ -35,4 +35,4 @@ class AdamW:
         """Build it over the run's groups."""
         fused = run.device.type in FUSED_DEVICES if self.fused is None else self.fused
         groups = with_decay(groups, self.weight_decay)
-        return torch.optim.AdamW(groups, lr=self.lr, betas=tuple(self.betas), eps=self.eps, fused=fused)
+        return torch.optim.AdamW(groups, lr=self.lr, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=fused)

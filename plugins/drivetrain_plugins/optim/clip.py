@@ -25,4 +25,4 @@ class Clip:
             return
         step.grad_norm = total = step.run.hooks.grad_norm(step)
         factor = torch.clamp(self.norm / (total + 1e-6), max=1.0)
-        torch._foreach_mul_([p.grad for p in step.run.parameters if p.grad is not None], factor)  # noqa: SLF001
+        torch._foreach_mul_([p.grad for p in step.run.parameters if p.grad is not None], factor)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from drivetrain import hookimpl, plugin
+from drivetrain import hookimpl, option, plugin
 
 if TYPE_CHECKING:
     from collections.abc import Generator

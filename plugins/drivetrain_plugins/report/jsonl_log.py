@@ -52,7 +52,8 @@ class JsonlLog:
         """Hold the file open while the run lasts."""
         if run.rank != 0:
             return (yield)
-        with self._path(run).open("a" if self._resumed else "w", encoding="utf-8", buffering=1) as self._file:
+        with self._path(run).open("a" if self._resumed else "w", encoding="utf-8", buffering=1) as file:
+            self._file = file
             try:
                 return (yield)
             finally:

@@ -39,12 +39,12 @@ class Progress:
             progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn(),
             progress.TimeElapsedColumn(), progress.TextColumn("left"), progress.TimeRemainingColumn(),
         )  # fmt: skip
-        with progress.Progress(*columns, console=Console(stderr=True)) as self._bar:
-            self._task = self._bar.add_task("training", total=run.total_steps, completed=run.progress.step)
+        with progress.Progress(*columns, console=Console(stderr=True)) as bar:
+            self._bar, self._task = bar, bar.add_task("training", total=run.total_steps, completed=run.progress.step)
             try:
                 return (yield)
             finally:
-                self._bar.update(self._task, completed=run.progress.step, description=self._shown)
+                bar.update(self._task, completed=run.progress.step, description=self._shown)
                 self._bar = None
 
     @hookimpl
