@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from drivetrain import Trainer, hookimpl, plugin
+from drivetrain_plugins import Accumulate, AdamW, Checkpoint, Clip, Linear, Loader
 from drivetrain_plugins.checkpoint._store import LocalStore
-from drivetrain_plugins.checkpoint.checkpoint import Checkpoint
 
 ROWS, STEPS = 90, 10  # 12 batches of 8, the last of 2; accumulation 2 makes 6 steps an epoch
 
@@ -38,7 +38,7 @@ class Job:
     every: str = "2 steps"
     keep: int = 2
     steps: int = STEPS
-    workers: int | None = None  # None: batches made by the kernel's default
+    workers: int = 0
     stop_at: int | None = None
     before_call: int | None = None  # SIGKILL before this store call (counted from 1)
     inside_write: int | None = None  # SIGKILL when half of this store call, a write, is done
@@ -77,7 +77,7 @@ class Augmented(torch.utils.data.Dataset):
         return len(self.tokens)
 
     def __getitem__(self, index):
-        noise = torch.randn(4) + random.gauss(0, 0.1) + np.random.standard_normal()
+        noise = torch.randn(4) + random.gauss(0, 0.1) + np.random.standard_normal()  # noqa: NPY002 - as augmentations do
         return {"tokens": self.tokens[index], "features": noise.float(), "labels": self.labels[index]}
 
 
@@ -90,34 +90,20 @@ class ForBert(Augmented):
         return {"input_ids": row["tokens"], "attention_mask": mask, "labels": row["labels"] % 3}
 
 
-@plugin(role="optim")
-class Optim:
-    """AdamW with a linear schedule, clipping, and accumulation over 2 micro-batches."""
-
-    facts = {"accumulation": 2}  # noqa: RUF012 - a plugin's declaration
-
-    @hookimpl
-    def build_optimizer(self, run, groups):
-        return torch.optim.AdamW(groups, lr=3e-3, weight_decay=0.01)
-
-    @hookimpl
-    def build_schedule(self, run):
-        return lambda applied: max(0.0, 1 - applied / run.total_steps)
-
-    @hookimpl
-    def clip_gradients(self, step):
-        step.grad_norm = torch.nn.utils.clip_grad_norm_(step.run.parameters, 0.5)
-
-
 @plugin(role="report", effect="observes")
 class Recorder:
     """Everything a run shows: logged numbers, the rows of each step, and draws from the global generators."""
 
     _lines: list[str] = attrs.field(init=False, factory=list)
+    _source: str | None = attrs.field(init=False, default=None)
 
     @hookimpl
     def assembled(self, run):
-        self._lines = []
+        self._lines, self._source = [], None
+
+    @hookimpl
+    def loaded(self, run, path):
+        self._source = path.name
 
     @hookimpl
     def step_end(self, step):
@@ -125,7 +111,8 @@ class Recorder:
         for micro in step.micros:
             for value in micro.batch.values():
                 digest.update(value.numpy().tobytes())
-        self._lines.append(f"{step.number} {digest.hexdigest()} {random.random().hex()} {np.random.random().hex()}")
+        drawn = f"{random.random().hex()} {np.random.random().hex()}"  # noqa: NPY002 - the global one is restored
+        self._lines.append(f"{step.number} {digest.hexdigest()} {drawn}")
 
     @hookimpl
     def log(self, run, metrics):
@@ -138,7 +125,7 @@ class Recorder:
         self._lines = list(state["lines"])
 
 
-@plugin(role="control")
+@plugin(role="control", effect="observes")
 class StopAt:
     """Stop after a step."""
 
@@ -222,27 +209,25 @@ def build(job: Job, store: LocalStore) -> tuple[Trainer, Any]:
         model, rows = BertForSequenceClassification(config), ForBert()
     checkpoint = Checkpoint(every=job.every, keep=job.keep)
     checkpoint._store = store
-    plugins = [Optim(), Recorder(), checkpoint]
+    plugins = [AdamW(lr=3e-3), Linear(warmup=0.2), Clip(norm=0.5), Accumulate(batches=2)]
+    plugins += [Loader(batch_size=8, workers=job.workers), Recorder(), checkpoint]
     if job.stop_at:
         plugins.append(("stop-at", StopAt(job.stop_at)))
-    if job.workers is not None:
-        from drivetrain_plugins import Loader
-
-        plugins.append(Loader(batch_size=8, workers=job.workers))
     return Trainer(model, plugins, output=job.folder, steps=job.steps, seed=11, log_every=3), rows
 
 
 def perform(job: Job) -> dict[str, Any]:
     """Make the run of a job; return its digests, and the store's calls."""
     store = FaultyStore(killer(job))
-    seed = int.from_bytes(os.urandom(4), "little") if Path(job.folder).exists() else 3
+    seed = int.from_bytes(os.urandom(4), "little") if list(Path(job.folder).glob("checkpoints/step-*")) else 3
     random.seed(seed)  # a resumed run must take these from the checkpoint
-    np.random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
     trainer, rows = build(job, store)
     result = trainer.fit(rows, resume=job.resume)
     state = trainer.run.state_dict()
     parts = {part: digest(state[part]) for part in ("model", "optimizer", "progress", "interval", "plugins")}
-    return {"digests": parts, "steps": result.steps, "calls": [name for name, _ in store.log]}
+    source = trainer.plugins["recorder"]._source
+    return {"digests": parts, "steps": result.steps, "source": source, "calls": [name for name, _ in store.log]}
 
 
 def fork(line: str, reply: Path) -> dict[str, Any]:
@@ -272,7 +257,7 @@ def fork(line: str, reply: Path) -> dict[str, Any]:
 def main() -> None:
     """Serve jobs from standard input until it ends."""
     import torch._dynamo  # what an optimizer imports at its first step
-    import transformers.models.bert.modeling_bert
+    import transformers.models.bert.modeling_bert  # noqa: F401
 
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w")
@@ -280,7 +265,3 @@ def main() -> None:
     reply = Path(sys.argv[1])
     for line in sys.stdin:
         print(json.dumps(fork(line, reply)), file=answers, flush=True)
-
-
-if __name__ == "__main__":
-    main()
