@@ -56,7 +56,7 @@ class Recipe:
 
     def __attrs_post_init__(self) -> None:
         """Check that tables are tables."""
-        for name in self.tables.keys() - {"run", "plugins", "folder"}:
+        for name in [n for n in self.tables if n not in ("run", "plugins", "folder")]:
             do = f"{nearest(name, ['run', 'plugins'])}; a plugin is [plugins.{name}]"
             self._blame(f"unknown table {name!r}", self.tables[name], do, (name,), "unknown")
         named = self._table(self.tables, "plugins")
@@ -149,18 +149,16 @@ class Recipe:
         if self.tables["folder"] not in sys.path:
             sys.path.insert(0, self.tables["folder"])  # like a script's; it stays, since the run imports from it too
         known, self.problems = self.problems, [*self.problems]
-        settings, plugins = self._options(Settings, self.tables["run"], ("run",)), []
+        settings = self._make(Settings, self.tables["run"], ("run",)) or Settings()
+        plugins = {}
         for name, given in self.tables["plugins"].items():
-            at, before = ("plugins", name), len(self.problems)
+            at = ("plugins", name)
             try:
-                made = catalogue.entry(name).load()
-                values = self._options(made, given, at)
-                plugins += [(name, made(**values))] if len(self.problems) == before else []
+                plugins[name] = self._make(catalogue.entry(name).load(), given, at)
             except ConfigError as error:
                 self.problems += [attrs.evolve(p, where=self._at(at)) for p in error.problems]
-            except (ValueError, TypeError) as error:
-                self._blame(f"plugin {name!r} refuses its options: {error}", given, at=at)
-        trainer = Trainer(plugins=plugins, catalogue=catalogue, **settings)
+        sound = [(name, made) for name, made in plugins.items() if made is not None]
+        trainer = Trainer(plugins=sound, catalogue=catalogue, **attrs.asdict(settings, recurse=False))
         if self.problems:  # what is missing can only be told once these are mended; conflicts can be told now
             self.problems += [self._placed(p) for p in trainer.plan().problems if p.kind == "conflict"]
         self.problems, found = known, self.problems
@@ -189,9 +187,25 @@ class Recipe:
         self._blame(f"{'.'.join(at)} must be a table", value, do, at)
         return {}
 
-    def _options(self, cls: type, given: dict[str, Any], at: At) -> dict[str, Any]:
-        """Return the options that are fine, as `cls` wants them, and blame the others."""
-        who, fields = f"plugin {at[-1]!r}" if at[1:] else "[run]", option_fields(cls)
+    def _make(self, cls: type, given: dict[str, Any], at: At) -> Any:
+        """Return an instance with the options `given`, or blame every one that is not fine and return None."""
+        who, fields, before = f"plugin {at[-1]!r}" if at[1:] else "[run]", option_fields(cls), len(self.problems)
+        for key in [k for k in given if k not in fields]:
+            self._blame(f"{who} has no option {key!r}", given[key], nearest(key, fields), (*at, key), "unknown")
+        unknown = len(self.problems)
+        for key in [k for k, f in fields.items() if f.default is attrs.NOTHING and k not in given]:
+            self._blame(f"{who} needs option {key!r}", None, _allowed(cls, fields[key]), at, "missing")
+        values = self._values(cls, {key: given[key] for key in given if key in fields}, who, at)
+        if len(self.problems) > unknown:
+            return None
+        try:
+            made = cls(**values)
+        except (ValueError, TypeError) as error:
+            return self._blame(f"{who} refuses its options: {error}", given, at=at)
+        return made if len(self.problems) == before else None
+
+    def _values(self, cls: type, given: dict[str, Any], who: str, at: At) -> dict[str, Any]:
+        fields = option_fields(cls)
         values: dict[str, Any] = {}
 
         def attempt(key: str, read: Callable[[Option, Any], Any], value: Any) -> None:
@@ -207,27 +221,24 @@ class Recipe:
                 self._blame(f"{who}, option {key!r}: {why}", raw, do, (*at, key))
 
         for key, value in given.items():
-            if key in fields:
-                attempt(key, lambda option, raw: _read(cls, option, raw, Path(self.tables["folder"])), value)
-            else:
-                self._blame(f"{who} has no option {key!r}", value, nearest(key, fields), (*at, key), "unknown")
+            attempt(key, partial(_read, cls, Path(self.tables["folder"])), value)
         whole = SimpleNamespace(**{f.name: values.get(key, f.default) for key, f in fields.items()})
-        for key, field in fields.items():
-            check: Any = field.validator
-            if key in values and check is not None:
-                attempt(key, partial(_checked, check, whole), values[key])
-            elif key not in given and field.default is attrs.NOTHING:
-                self._blame(f"{who} needs option {key!r}", None, _allowed(cls, field), at, "missing")
+        for key, value in list(values.items()):
+            attempt(key, partial(_checked, whole), value)
         return values
 
 
 def _text(path: Path) -> str:
     with path.open("rb") as file:
         raw = file.read(MAX_BYTES + 1)
-    if len(raw) > MAX_BYTES or not raw.strip():
-        raise ValueError(f"it is larger than {MAX_BYTES} bytes" if raw.strip() else "it is empty")
-    if raw.startswith(codecs.BOM_UTF8):
-        raise ValueError("it starts with a byte order mark")
+    wrong = {
+        f"it is larger than {MAX_BYTES} bytes": len(raw) > MAX_BYTES,
+        "it is empty": not raw.strip(),
+        "it starts with a byte order mark": raw.startswith(codecs.BOM_UTF8),
+        "it holds NUL bytes, as UTF-16 does": b"\0" in raw,
+    }
+    if any(wrong.values()):
+        raise ValueError(next(what for what, yes in wrong.items() if yes))
     return raw.decode()
 
 
@@ -284,7 +295,7 @@ def _allowed(cls: type, option: Option) -> str:
     return f"allowed: {kind} {about.get('limits', '')}".rstrip() + (f" ({about['help']})" if about.get("help") else "")
 
 
-def _read(cls: type, option: Option, value: Any, folder: Path) -> Any:
+def _read(cls: type, folder: Path, option: Option, value: Any) -> Any:
     """Return `value` as the option's converter or type has it."""
     if option.metadata.get("secret"):
         kind, _, name = value.partition(":") if isinstance(value, str) else ("", "", "")
@@ -303,8 +314,10 @@ def _read(cls: type, option: Option, value: Any, folder: Path) -> Any:
         raise TypeError(f"must be {_name(hint)}, not {type(value).__name__}") from error
 
 
-def _checked(check: Any, whole: SimpleNamespace, option: Option, value: Any) -> Any:
-    check(whole, option, value)
+def _checked(whole: SimpleNamespace, option: Option, value: Any) -> Any:
+    if option.validator is not None:
+        check: Any = option.validator
+        check(whole, option, value)
     return value
 
 

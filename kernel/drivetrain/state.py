@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 def _path(value: str | Path | None) -> Path | None:
-    if value == "":
-        raise ValueError("output is empty: name a folder, or leave it out")
+    if value is not None and (not str(value).strip() or any(part in str(value) for part in ("$", "://", "\0"))):
+        raise ValueError(f"output must name a local folder; variables are not expanded. Received: {str(value)!r}")
     return None if value is None else Path(value).expanduser()
 
 

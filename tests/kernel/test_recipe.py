@@ -183,12 +183,12 @@ lr = 1
     found = problems_of(tmp_path, text, broken, set=["fastt.lr=1", "fast"], without=["kind"], with_=["tensorbord"])
     got = {(where.replace(str(tmp_path / "recipe.toml"), "FILE"), p.kind): p for where, p in found}
     assert sorted(got) == sorted([
-        ("3", "invalid"), ("4", "unknown"), ("6", "invalid"), ("7", "invalid"), ("8", "unknown"), ("9", "missing"),
+        ("1", "invalid"), ("4", "unknown"), ("6", "invalid"), ("7", "invalid"), ("8", "unknown"), ("9", "missing"),
         ("10", "unknown"), ("11", "invalid"), ("13", "invalid"), ("14", "invalid"), ("15", "unknown"),
         ("FILE", "unknown"), ("FILE", "invalid"), ("--with tensorbord", "unknown"),
     ])  # fmt: skip
     assert len(found) == 15
-    assert "contradict" in got["3", "invalid"].what
+    assert "contradict" in got["1", "invalid"].what
     assert "'seed'" in got["4", "unknown"].do
     assert got["6", "invalid"].received == "2.0"
     assert "'fast'" in got["10", "unknown"].do
