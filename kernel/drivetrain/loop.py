@@ -171,7 +171,8 @@ class Defaults:
                 f"Received: {type(outputs).__name__} {list(outputs) if hasattr(outputs, 'keys') else ''}. "
                 "Return the mean loss (a 0-dim tensor, or under the key 'loss'), or name a loss plugin"
             )
-        scaled: torch.Tensor = loss if micro.scale == 1.0 else loss * micro.scale
+        scaled: torch.Tensor
+        scaled = loss if micro.scale == 1.0 else loss * micro.scale
         return scaled
 
     @hookimpl
@@ -247,6 +248,9 @@ class Defaults:
         if votes & EVALUATE:
             for split in [s for s in run.batches if s != "train"]:
                 evaluate(run, split)
+            if run.votes or run.world_size > 1:  # asked for in `evaluated`: it concerns this step's weights
+                votes, reasons = votes | self._hooks.agree(run, run.votes), {**run.reasons, **reasons}
+                run.votes, run.reasons = 0, {}
         if votes & SAVE:
             self._hooks.save(run, checkpoint_path(run))
         if votes & STOP:
