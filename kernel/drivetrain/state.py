@@ -150,6 +150,15 @@ class Step:
         self.skipped = reason
 
 
+def _uncast(loaded: Any, saved: Any) -> Any:
+    """Undo torch's cast of loaded state to its parameter's type: float32 moments of bfloat16 weights lose bits."""
+    if isinstance(saved, dict):
+        return {key: _uncast(loaded[key], value) for key, value in saved.items()}
+    if isinstance(saved, torch.Tensor) and saved.dtype != loaded.dtype:
+        return saved.to(loaded.device)
+    return loaded
+
+
 STOP, SAVE, EVALUATE = 1, 2, 4
 
 
@@ -290,6 +299,9 @@ class Run:
                 "param_groups": optimizer["param_groups"],
             }
         )
+        for number, parameter in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
+            entry = self.optimizer.state.get(parameter, {})
+            entry.update({k: _uncast(entry[k], v) for k, v in optimizer["state"].get(str(number), {}).items()})
         self.progress = Progress(**state["progress"])
         self.interval_steps = state["interval"]["steps"]
         loss = state["interval"].get("loss")
