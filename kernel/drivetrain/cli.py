@@ -145,8 +145,7 @@ def run(  # noqa: PLR0917 - click passes them by name
             raise ConfigError(
                 [Problem(f"{output} already holds the checkpoints of a run", _checkpoints(output)[-1], do)]
             )
-        _store(loaded, output)
-    _report(trainer.fit(resume="auto" if resume else False), as_json=as_json)
+    _report(_fit(loaded, trainer, resume="auto" if resume else False), as_json=as_json)
 
 
 @main.command()
@@ -177,11 +176,9 @@ def plugins(name: str | None, as_json: bool) -> None:
         about = _describe(catalogue.entry(name))
         click.echo(json.dumps(about, indent=2)) if as_json else _show(about)
         return
-    listed = list(_catalogue_rows(catalogue))
-    if as_json:
-        click.echo(json.dumps(listed, indent=2))
-        return
-    _table("", ["plugin", "role", "distribution", "what it does"], [list(row.values())[:4] for row in listed])
+    listed, columns = list(_catalogue_rows(catalogue)), ["plugin", "role", "distribution", "what it does"]
+    rows = [list(row.values())[:4] for row in listed]
+    click.echo(json.dumps(listed, indent=2)) if as_json else _table(columns, rows)
 
 
 @main.command("resume")
@@ -191,10 +188,7 @@ def plugins(name: str | None, as_json: bool) -> None:
 def resume_run(folder: Path, changes: tuple[str, ...], as_json: bool) -> None:
     """Go on with the run in the folder RUN, from its newest valid checkpoint."""
     recipe, trainer = _stored(folder, changes)
-    result = trainer.fit(resume=True)
-    if changes and _is_first_rank():
-        _store(recipe, folder)
-    _report(result, as_json=as_json)
+    _report(_fit(recipe, trainer, resume=True), as_json=as_json)
 
 
 @main.command()
@@ -203,8 +197,7 @@ def resume_run(folder: Path, changes: tuple[str, ...], as_json: bool) -> None:
 @_json_flag
 def evaluate(folder: Path, split: str, as_json: bool) -> None:
     """Measure the newest valid checkpoint of RUN on a split of its data."""
-    trainer = _restored(folder)
-    metrics = trainer.evaluate(split)
+    metrics = _restored(folder).evaluate(split)
     click.echo(json.dumps(metrics) if as_json else "\n".join(f"{k}: {v:.6g}" for k, v in metrics.items()))
 
 
@@ -214,8 +207,7 @@ def evaluate(folder: Path, split: str, as_json: bool) -> None:
 @click.option("--to", "path", required=True, type=click.Path(path_type=Path), help="The file or folder to make.")
 def export(folder: Path, format_: str, path: Path) -> None:
     """Write the model of RUN's newest valid checkpoint in another format."""
-    trainer = _restored(folder)
-    trainer.export(format_, path)
+    _restored(folder).export(format_, path)
     click.echo(f"wrote {path}")
 
 
@@ -256,6 +248,22 @@ def _store(recipe: Recipe, output: Path) -> None:
         raise ConfigError([Problem("the run's folder cannot be written to", received, do)]) from error
 
 
+def _fit(recipe: Recipe, trainer: Trainer, *, resume: bool | str) -> Result:
+    """Train with the recipe stored in the run's folder, so that the run can be rebuilt from its first checkpoint on."""
+    output = trainer.settings.output
+    if output is None or not _is_first_rank():
+        return trainer.fit(resume=resume)
+    stored, checkpoints = output / STORED, _checkpoints(output)
+    before = stored.read_bytes() if stored.is_file() else None
+    _store(recipe, output)
+    try:
+        return trainer.fit(resume=resume)
+    except (CheckpointError, ConfigError):
+        if before is not None and _checkpoints(output) == checkpoints:  # those there were belong to the old recipe
+            stored.write_bytes(before)
+        raise
+
+
 def _stored(folder: Path, changes: tuple[str, ...] = ()) -> tuple[Recipe, Trainer]:
     """Return the recipe that a run was started with, and its trainer."""
     from drivetrain.recipe import Recipe  # noqa: PLC0415
@@ -281,16 +289,15 @@ def _restored(folder: Path) -> Trainer:
 
 
 def _report(result: Result, *, as_json: bool) -> None:
-    output = None if result.output is None else str(result.output)
+    about = {name: getattr(result, name) for name in ("steps", "epochs", "metrics", "stopped", "output")}
     if as_json:
-        about = {"steps": result.steps, "epochs": result.epochs, "metrics": result.metrics, "stopped": result.stopped}
-        click.echo(json.dumps({**about, "output": output}))
+        click.echo(json.dumps(about, default=str))
         return
-    ended = f"stopped: {result.stopped}" if result.stopped else "finished"
+    ended = f"stopped ({result.stopped})" if result.stopped else "finished"
     click.echo(f"{ended} after {result.steps} steps ({result.epochs:.4g} epochs)")
     click.echo("\n".join(f"  {name}: {value:.6g}" for name, value in sorted(result.metrics.items())))
-    if output is not None:
-        click.echo(f"in {output}")
+    if result.output is not None:
+        click.echo(f"in {result.output}")
 
 
 # --- the catalogue ---------------------------------------------------------------------------------------------------
@@ -354,9 +361,8 @@ def _describe(entry: Entry) -> dict[str, Any]:
 def _option(field: Any) -> dict[str, str]:
     import attrs  # noqa: PLC0415
 
-    default, about = field.default, field.metadata
+    default, about, choices = field.default, field.metadata, field.metadata.get("choices")
     factory = getattr(default, "factory", None)
-    choices = about.get("choices")
     return {
         "type": field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type)),
         "default": "required" if default is attrs.NOTHING else repr(factory() if factory else default),
@@ -369,19 +375,23 @@ def _show(about: dict[str, Any]) -> None:
     click.echo(f"{about['name']} ({about['role']}, {about['effect']})\n\n{about['about']}\n")
     rows = [[name, *option.values()] for name, option in about["options"].items()]
     if rows:
-        _table("", ["option", "type", "default", "allowed", "what it is"], rows)
+        _table(["option", "type", "default", "allowed", "what it is"], rows)
     for word in ("hooks", "provides", "requires", "conflicts"):
         if about.get(word):
             click.echo(f"{word}: {', '.join(about[word])}")
     click.echo(f"from: {about['distribution']}, {about['class']}\n      {about['file']}")
 
 
-def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+def _table(columns: list[str], rows: list[list[str]]) -> None:
     from rich import box  # noqa: PLC0415
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
 
-    table = Table(*columns, title=title or None, box=box.SIMPLE_HEAD)
+    table = Table(*columns, box=box.SIMPLE_HEAD)
     for row in rows:
         table.add_row(*(text.replace("[", r"\[") for text in row))
     Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
