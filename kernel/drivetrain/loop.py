@@ -184,7 +184,8 @@ class Defaults:
     def grad_norm(self, step: Step) -> torch.Tensor:
         """Measure the total norm as `torch.nn.utils.clip_grad_norm_` does, without its walks and checks."""
         norms = torch._foreach_norm([p.grad for p in step.run.parameters if p.grad is not None])  # noqa: SLF001
-        return torch.linalg.vector_norm(torch.stack(norms))
+        total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return total
 
     @hookimpl
     def optimizer_step(self, step: Step) -> None:

@@ -208,7 +208,8 @@ def _build(run: Run) -> None:
         seed_global(run.seed_for("transform", index))
         run.model = transform.apply(run.model)
     run.optimizer = hooks.build_optimizer(run, hooks.parameter_groups(run))
-    run.parameters = tuple(p for group in run.optimizer.param_groups for p in group["params"])
+    updated = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    run.parameters = tuple(p for p in run.model.parameters() if id(p) in updated)  # in the model's order
     for group in run.optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     settings, accumulation = run.settings, run.facts.get("accumulation", 1)

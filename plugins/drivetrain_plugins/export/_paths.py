@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,10 +31,19 @@ def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
     for left_over in (fresh, old):
         _remove(left_over)
     write(fresh)
+    _open_by_umask(fresh)
     if path.exists():
         path.rename(old)
     fresh.rename(path)
     _remove(old)
+
+
+def _open_by_umask(path: Path) -> None:
+    """Give the files the usual mode: safetensors writes 0600, which a group could not read."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for file in [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]:
+        file.chmod(0o666 & ~umask)
 
 
 def _remove(path: Path) -> None:

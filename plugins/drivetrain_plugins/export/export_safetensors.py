@@ -18,7 +18,6 @@ def write(run: Run, path: Path) -> None:
     """Save the weights to the file `path`; tied weights are stored once and tied again by `load_model`."""
     library = require("safetensors.torch", extra="hf", plugin="export-safetensors")
     replace_whole(path, lambda file: library.save_model(run.model, str(file)))
-    path.chmod(0o644)  # the library writes 0600, which a group could not read
 
 
 @plugin(role="export", effect="observes")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from drivetrain import hookimpl, option, plugin
+from drivetrain_plugins.optim._fused_adamw import FusedAdamW
 from drivetrain_plugins.optim._groups import with_decay
 
 if TYPE_CHECKING:
@@ -35,4 +36,5 @@ class AdamW:
         """Build it over the run's groups."""
         fused = run.device.type in FUSED_DEVICES if self.fused is None else self.fused
         groups = with_decay(groups, self.weight_decay)
-        return torch.optim.AdamW(groups, lr=self.lr, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=fused)
+        made = FusedAdamW if fused else torch.optim.AdamW
+        return made(groups, lr=self.lr, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=fused)
