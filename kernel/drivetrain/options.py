@@ -143,12 +143,11 @@ def import_object(target: str, *, plugin: str) -> Any:
     return found
 
 
-def require(module: str, *, extra: str, plugin: str) -> ModuleType:
-    """Import a heavy library for `plugin`, or say how to install it."""
+def require(module: str, *, plugin: str, extra: str | None = None) -> ModuleType:
+    """Import a heavy library for `plugin`, or say how to install it: with an extra, or with drivetrain itself."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        name = error.name or module
-        raise MissingDependency(
-            [Problem(f"plugin {plugin!r} needs the package {name!r}", str(error), f"pip install 'drivetrain[{extra}]'")]
-        ) from error
+        what = f"plugin {plugin!r} needs the package {error.name or module!r}"
+        do = f"pip install 'drivetrain[{extra}]'" if extra else "pip install drivetrain"
+        raise MissingDependency([Problem(what, str(error), do)]) from error

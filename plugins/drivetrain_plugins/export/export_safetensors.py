@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def write(run: Run, path: Path) -> None:
     """Save the weights to the file `path`; tied weights are stored once and tied again by `load_model`."""
-    library = require("safetensors.torch", extra="hf", plugin="export-safetensors")
+    library = require("safetensors.torch", plugin="export-safetensors")
     replace_whole(path, lambda file: library.save_model(run.model, str(file)))
 
 

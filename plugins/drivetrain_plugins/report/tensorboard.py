@@ -26,7 +26,7 @@ class TensorBoard:
         """Find the library before the first step."""
         if run.settings.output is None:
             raise ConfigError("tensorboard needs the run's folder: Trainer(..., output=...) or [run] output = ...")
-        require("tensorboardX", extra="hf", plugin="tensorboard")
+        require("tensorboardX", plugin="tensorboard")
         self._purge = None
 
     @hookimpl
@@ -39,7 +39,7 @@ class TensorBoard:
         """Hold the writer open while the run lasts."""
         if run.rank != 0:
             return (yield)
-        library = require("tensorboardX", extra="hf", plugin="tensorboard")
+        library = require("tensorboardX", plugin="tensorboard")
         assert run.settings.output is not None  # refused when assembled
         self._writer = library.SummaryWriter(str(run.settings.output / self.folder), purge_step=self._purge)
         try:
