@@ -82,15 +82,18 @@ class Recipe:
             RecipeError: the file cannot be read. What it says is checked by `plan` and `trainer`.
         """
         path = Path(path)
+        is_json = path.suffix == ".json"
         try:
             text = _text(path)
-            data = {"folder": str(path.absolute().parent), **(json if path.suffix == ".json" else tomllib).loads(text)}
+            data = {"folder": str(path.absolute().parent), **(json if is_json else tomllib).loads(text)}
+            if not is_json and data["folder"] != str(path.absolute().parent):
+                raise ValueError("unknown table 'folder'")  # noqa: TRY301
         except (OSError, ValueError, TypeError, RecursionError) as error:
             line = re.search(r"line (\d+)", str(error))
             do = "a recipe is TOML (https://toml.io) in UTF-8, without a byte order mark"
             where = f"{path}:{line[1]}" if line else str(path)
             raise RecipeError([Problem(f"the recipe cannot be read: {error}", do=do, where=where)]) from None
-        recipe = cls(data, {(): str(path)} if path.suffix == ".json" else _places(text, str(path)))
+        recipe = cls(data, {(): str(path)} if is_json else _places(text, str(path)))
         recipe.change(set, with_, without)
         return recipe
 
@@ -110,22 +113,25 @@ class Recipe:
             plugins.setdefault(name, {})
             self.places.setdefault(("plugins", name), f"--with {name}")
         for name in without:
+            flag = (f"--without {name}",)
+            self.places[flag] = flag[0]
             if plugins.pop(name, None) is None:
-                what = f"--without {name}: the recipe has no such plugin"
-                self._blame(what, do=nearest(name, plugins), kind="unknown")
+                self._blame(f"the recipe has no plugin {name!r}", do=nearest(name, plugins), at=flag, kind="unknown")
         for key, equals, text in (item.partition("=") for item in set):
             *above, last = at = (*(() if key.startswith("run.") else ("plugins",)), *key.split("."))
-            table: Any = self.tables
+            table, flag = self.tables, (f"--set {key}",)
+            self.places[flag] = flag[0]
             for part in above:
                 table = table.get(part) if isinstance(table, dict) else None
             if not equals or not all(at) or len(at) < 2 + (at[0] == "plugins"):
-                self._blame(f"--set {key}: not PLUGIN.OPTION=VALUE", do="write for example --set adamw.lr=1e-4")
+                do = "write for example --set adamw.lr=1e-4"
+                self._blame("not PLUGIN.OPTION=VALUE", key + equals + text, do, flag)
             elif not isinstance(table, dict):
-                owner, do = key.partition(".")[0], "--with adds a plugin; a list is set as a whole"
-                do = f"{nearest(owner, ['run', *plugins])}; {do}"
-                self._blame(f"--set {key}: the recipe has no table {key.rpartition('.')[0]!r}", text, do, (), "unknown")
+                owner, _, _ = key.partition(".")
+                do = f"{nearest(owner, ['run', *plugins])}; --with adds a plugin; a list is set as a whole"
+                self._blame(f"the recipe has no table {key.rpartition('.')[0]!r}", text, do, flag, "unknown")
             else:
-                table[last], self.places[at] = _parse(text), f"--set {key}"
+                table[last], self.places[at] = _parse(text), flag[0]
 
     def trainer(self, catalogue: Catalogue | None = None) -> Trainer:
         """Import the plugins named, and only them, and return a trainer with them.

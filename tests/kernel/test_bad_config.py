@@ -94,6 +94,7 @@ CASES = [
     more("9", "weigth_decay = 0.1", 13, "'adamw' has no option 'weigth_decay'", "0.1", "'weight_decay'"),
     run("9", "step = 3", "[run] has no option", "'steps'"),
     Case("9", ("unknown table 'plugin'", "'plugins'"), more="[plugin.clip]\nnorm = 1.0", line=13),
+    Case("9", ("unknown table 'folder'",), 'folder = "elsewhere"\n'),
     lr("10", '"1e-4"', "'1e-4'", "must be float, not str", "without quotes: lr = 1e-4"),
     lr("11", '"fast"', "'fast'", "must be float, not str", "> 0"),
     lr("12", "-0.1", "-0.1", "> 0"),
