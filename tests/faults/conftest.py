@@ -18,7 +18,8 @@ class Worker:
     def __init__(self, folder: Path):
         run = "import faults_worker; faults_worker.main()"
         command = [sys.executable, "-W", "ignore", "-c", run, str(folder / "reply.json")]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+        paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )

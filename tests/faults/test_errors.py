@@ -45,8 +45,7 @@ def test_an_error_at_every_call(tmp_path, caplog, number):
             fit(folder, faults_worker.FaultyStore(act), steps=6)
         except CheckpointError as error:
             raised = error
-            assert isinstance(error.__cause__, OSError)
-            assert "injected" in str(error)
+        assert raised is None or (isinstance(raised.__cause__, OSError) and "injected" in str(raised))
         assert raised or (name in ROTATION and failing > 20), f"call {failing} ({name}) went by unnoticed"
         if raised is None and name != "read":  # who owns a folder is not certain: it stays
             assert [r for r in caplog.records if r.levelno == logging.WARNING], (failing, name)

@@ -37,7 +37,7 @@ def identical(a, b):
         raw = [bytes(t.contiguous().reshape(-1).view(torch.uint8).numpy()) for t in (a, b)]
         return (a.dtype, a.shape) == (b.dtype, b.shape) and raw[0] == raw[1]
     if isinstance(a, float):
-        return math.isnan(a) and math.isnan(b) or struct.pack("d", a) == struct.pack("d", b)
+        return (math.isnan(a) and math.isnan(b)) or struct.pack("d", a) == struct.pack("d", b)
     if isinstance(a, dict):
         keys = len(a) == len(b) and all(identical(x, y) for x, y in zip(a, b, strict=True))
         return keys and all(identical(x, y) for x, y in zip(a.values(), b.values(), strict=True))
