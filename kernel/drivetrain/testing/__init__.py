@@ -1,0 +1,49 @@
+"""The conformance kit for authors of plugins: fixtures, runs to test against, and a whole suite in one class.
+
+A plugin's test file is as long as this:
+
+    from drivetrain.testing import PluginSuite
+    from my_package import MyPlugin
+
+    class TestMyPlugin(PluginSuite):
+        plugin = MyPlugin
+        settings = {"strength": 0.5}
+
+The fixtures (`make_run`, `make_step`, `make_micro`, `recorder`, `empty_catalogue`, `kit_dir`) come with the
+distribution, since it is a pytest plugin.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from drivetrain.testing.carriers import make_micro, make_run, make_step
+    from drivetrain.testing.compose import Composition, complete, compose_pair, example, first_party, refusal
+    from drivetrain.testing.digests import decode, digest, encode
+    from drivetrain.testing.files import TinyModule, text_rows, write_kit
+    from drivetrain.testing.probes import BaseOptimizer, CallCounter, Recorder, StopAt, saboteur
+    from drivetrain.testing.ranks import run_ranks
+    from drivetrain.testing.suite import PluginSuite
+
+_HOMES = {
+    "carriers": ["make_micro", "make_run", "make_step"],
+    "compose": ["Composition", "complete", "compose_pair", "example", "first_party", "refusal"],
+    "digests": ["decode", "digest", "encode"],
+    "files": ["TinyModule", "text_rows", "write_kit"],
+    "probes": ["BaseOptimizer", "CallCounter", "Recorder", "StopAt", "saboteur"],
+    "ranks": ["run_ranks"],
+    "suite": ["PluginSuite"],
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = [*_HOME]  # noqa: PLE0604 - checked against _HOMES by the tests
+
+
+def __getattr__(name: str) -> object:
+    """Import what is asked for when it is first used: pytest loads this package in every session."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'drivetrain.testing' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"drivetrain.testing.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

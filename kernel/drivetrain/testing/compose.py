@@ -1,0 +1,204 @@
+"""Small compositions: a run in which given plugins can act, completed with what they need.
+
+What a plugin needs is read from what it declares: who requires a word gets the first-party plugin that provides it,
+who reads text gets a tokenizer, a padding collator and a model that takes tokens. So a new plugin needs no entry here.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from drivetrain.catalogue import Catalogue
+from drivetrain.errors import ConfigError, PlanError
+from drivetrain.hooks import Hooks
+from drivetrain.plan import _implementations
+from drivetrain.testing.carriers import tiny_module
+from drivetrain.testing.files import DEV_ROWS, TRAIN_ROWS, fill, tensor_rows, text_rows, token_rows
+from drivetrain.testing.probes import BaseOptimizer
+from drivetrain.trainer import Trainer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from drivetrain.errors import Problem
+    from drivetrain.state import Run
+
+STEPS, SEED, WORDS = 6, 7, 6
+
+
+def first_party(catalogue: Catalogue | None = None) -> list[str]:
+    """Return the names of the plugins that come with drivetrain."""
+    catalogue = catalogue or Catalogue()
+    return [name for name in catalogue.names if catalogue.entry(name).distribution == "drivetrain"]
+
+
+def example(plugin: type | str, folder: Path, settings: Mapping[str, Any] | None = None) -> Any:
+    """Return an instance of a plugin with its example settings, or with `settings`."""
+    made: Any = Catalogue().entry(plugin).load() if isinstance(plugin, str) else plugin
+    given = getattr(made, "example", {}) if settings is None else settings
+    return made(**fill(dict(given), folder))
+
+
+def owned(plugins: Iterable[Any]) -> set[str]:
+    """Return the operations that `plugins` own."""
+    return {
+        hook
+        for plugin in plugins
+        for hook, options in _implementations(plugin)
+        if not options["wrapper"] and getattr(getattr(Hooks, hook, None), "drivetrain_kind", "") == "operation"
+    }
+
+
+def _words(plugins: Mapping[str, Any], which: str) -> set[str]:
+    own = {name.partition(":")[0] for name in plugins} if which == "provides" else set()
+    return own | {word for plugin in plugins.values() for word in getattr(plugin, which, ())}
+
+
+@attrs.define
+class Composition:
+    """Plugins by name, the model and the data for them; ready to be fitted any number of times."""
+
+    plugins: dict[str, Any]
+    rows: str = "tensors"  # what is given to `fit`: "tensors", "tokens", "text" or "" where a plugin brings rows
+    words: int | None = None  # sentences of exactly so many words, for a collator that cannot pad
+
+    def without(self, *names: str) -> Composition:
+        """Return the same composition with plugins taken out."""
+        return attrs.evolve(self, plugins={n: p for n, p in self.plugins.items() if n not in names})
+
+    def adding(self, first: Mapping[str, Any] | None = None, **last: Any) -> Composition:
+        """Return the same composition with plugins before and after the others ("_" in a name stands for "-")."""
+        after = {name.replace("_", "-"): plugin for name, plugin in last.items()}
+        return attrs.evolve(self, plugins={**(first or {}), **self.plugins, **after})
+
+    def data(self) -> dict[str, Any]:
+        """Return the arguments of `fit` that are data."""
+        if not self.rows:
+            return {}
+        if self.rows == "tensors":
+            train, dev = tensor_rows(TRAIN_ROWS), tensor_rows(DEV_ROWS, start=1000)
+        else:
+            make: Any = text_rows if self.rows == "text" else token_rows
+            train, dev = make(TRAIN_ROWS, words=self.words), make(DEV_ROWS, start=1000, words=self.words)
+        return {"train": train, "evaluate": dev if "evaluate" in owned(self.plugins.values()) else None}
+
+    def trainer(self, output: Path | None = None, **settings: Any) -> Trainer:
+        """Return a trainer with a fresh model."""
+        model = None if "build_model" in owned(self.plugins.values()) else tiny_module()
+        settings = {"steps": STEPS, "seed": SEED, "log_every": 2, "device": "cpu", **settings}
+        return Trainer(model, list(self.plugins.items()), output=output, **settings)
+
+    def problems(self, **settings: Any) -> list[Problem]:
+        """Return what the plan says against it."""
+        given = [split for split, rows in self.data().items() if rows is not None]
+        return self.trainer(**settings).plan(given=given).problems
+
+    def fit(self, output: Path | None = None, **settings: Any) -> Run:
+        """Train from the start and return the run."""
+        trainer = self.trainer(output, **settings)
+        trainer.fit(**self.data())
+        run = trainer.run
+        assert run is not None
+        return run
+
+
+def complete(
+    plugins: Mapping[str, Any], folder: Path, *, catalogue: Catalogue | None = None, pretrained: bool = False
+) -> Composition:
+    """Return a composition in which `plugins` can act, where there is one; the others come after them.
+
+    Args:
+        plugins: instances by name.
+        folder: the kit's (fixture `kit_dir`).
+        catalogue: where the others are found.
+        pretrained: take the plugin that provides "processor" for the model, whether it is required or not.
+    """
+    catalogue, named = catalogue or Catalogue(), dict(plugins)
+    offered = {name: catalogue.entry(name).load() for name in first_party(catalogue)}
+
+    def add(name: str | None) -> None:
+        if name is not None and name not in named and not owned([offered[name]]) & owned(named.values()):
+            named[name] = example(offered[name], folder)
+
+    def provider(word: str) -> str | None:
+        found = [n for n, cls in offered.items() if word in (n, *_declared(cls, "provides"))]
+        return word if word in found else next(iter(found), None)
+
+    padded = "build_collator" not in owned(named.values()) or "processor" in _requires_of_collator(named)
+    if pretrained or ("data" in _words(named, "provides") and padded):
+        add(provider("processor"))
+    while missing := [w for w in _words(named, "requires") - _words(named, "provides") if provider(w)]:
+        before = len(named)
+        for word in sorted(missing):
+            add(provider(word))
+        if len(named) == before:
+            break
+    provided = _words(named, "provides")
+    if "processor" in provided and "data" in provided and padded:
+        add("tokenize")
+    if "processor" in provided and "tokenize" in named:
+        add("pad")
+    if "build_optimizer" not in owned(named.values()):
+        named["base-optimizer"] = BaseOptimizer()
+    words = None if "processor" in _requires_of_collator(named) else WORDS
+    if "data" in provided:
+        return Composition(named, "")
+    return Composition(named, "text" if "tokenize" in named else "tokens" if "processor" in provided else "tensors", words)
+
+
+def _declared(cls: type, which: str) -> tuple[str, ...]:
+    words = getattr(cls, which, ())
+    return () if isinstance(words, property) else tuple(words)
+
+
+def _requires_of_collator(plugins: Mapping[str, Any]) -> set[str]:
+    return {w for p in plugins.values() if "build_collator" in owned([p]) for w in getattr(p, "requires", ())}
+
+
+@attrs.define
+class Outcome:
+    """What became of a composition: a finished run, or a refusal."""
+
+    composition: Composition
+    run: Run | None = None
+    refused: ConfigError | None = None
+
+
+def compose_pair(first: str, second: str, plugins: Mapping[str, Any], folder: Path, output: Path) -> Outcome:
+    """Train with two plugins, in this order, and say how it ended.
+
+    Args:
+        first: the name of one of `plugins`.
+        second: the name of the other.
+        plugins: instances by name.
+        folder: the kit's.
+        output: an empty folder for the run.
+    """
+    pair = {first: plugins[first], second: plugins[second]}
+    refused: ConfigError | None = None
+    for pretrained in (False, True):  # some plugins take only a model of the kind that "processor" stands for
+        composition = complete(pair, folder, pretrained=pretrained)
+        try:
+            return Outcome(composition, run=composition.fit(output / str(pretrained)))
+        except ConfigError as error:
+            refused = refused or error
+            if isinstance(error, PlanError):
+                break
+    return Outcome(composition, refused=refused)
+
+
+def refusal(error: ConfigError, first: str, second: str) -> str | None:
+    """Return what is wrong with the refusal of two plugins, or None if it says why.
+
+    It does where one problem names both, or names one of them and what it lacks.
+    """
+    for problem in error.problems:
+        text = str(problem)
+        named = [name for name in (first, second) if re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text)]
+        if len(named) == 2 or (named and (problem.kind == "missing" or problem.received or "Received" in text)):  # noqa: PLR2004
+            return None
+    return f"the refusal names neither both of {first!r} and {second!r} nor what one of them lacks:\n{error}"

@@ -1,0 +1,10 @@
+"""Every first-party plugin keeps the promises of the kit; a new one is tested by existing."""
+
+from __future__ import annotations
+
+from drivetrain.testing import PluginSuite, first_party
+
+for _name in first_party():
+    _title = "Test" + "".join(part.capitalize() for part in _name.split("-"))
+    # Pairs are the subject of test_pairs.py, which has a stronger oracle.
+    globals()[_title] = type(_title, (PluginSuite,), {"plugin": _name, "test_composes_with": None})
