@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -14,7 +15,7 @@ from drivetrain import loop
 from drivetrain.catalogue import Catalogue
 from drivetrain.data import Columns, Fetch, count_labels, count_shifted_labels
 from drivetrain.dispatch import callables
-from drivetrain.errors import CheckpointError, ConfigError, PlanError
+from drivetrain.errors import CheckpointError, ConfigError, PlanError, Problem
 from drivetrain.plan import Plan, compose, name_plugins, plugin_frames
 from drivetrain.rng import global_seeder
 from drivetrain.state import Run, Settings
@@ -99,8 +100,7 @@ class Trainer:
             run.model.train()
             run.hooks.fit(run)
         except BaseException as error:
-            for note in plugin_frames(error, run):
-                error.add_note(note)
+            _annotate(error, run)
             raise
         done = run.progress
         epochs = done.epoch + done.rows_in_epoch / run.rows_per_epoch
@@ -149,14 +149,39 @@ class Trainer:
         run.device = _device(self.settings.device)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             run.rank, run.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        _check_ranks(run)
         if self.settings.output is not None and run.rank == 0:
             _make_folder(self.settings.output)
         manager.register(loop.Defaults(run, self.model, datasets), "drivetrain")
         run.hooks = callables(manager, frozen=self.frozen)
-        _build(run)
+        try:
+            _build(run)
+        except BaseException as error:
+            _annotate(error, run)
+            raise
         if self.settings.output is not None and run.rank == 0:
             (self.settings.output / "plan.json").write_text(json.dumps(plan.as_dict(), indent=2) + "\n")
         return run
+
+
+def _check_ranks(run: Run) -> None:
+    """Refuse ranks that would train apart: nobody reduces the gradients, or their plans differ."""
+    if run.world_size == 1:
+        return
+    if not any("data-parallel" in getattr(p, "provides", ()) for p in run.plugins.values()):
+        what = f"{run.world_size} ranks, but no plugin provides 'data-parallel': each would train by itself"
+        raise PlanError([Problem(what, ", ".join(run.plugins), "add a plugin that reduces gradients over the ranks")])
+    digest = hashlib.sha256(json.dumps(run.plan.as_dict(), sort_keys=True).encode()).hexdigest()[:16]
+    digests: list[Any] = [None] * run.world_size
+    torch.distributed.all_gather_object(digests, digest)
+    if len(set(digests)) > 1:
+        shown = ", ".join(f"rank {rank}: {of}" for rank, of in enumerate(digests))
+        raise PlanError([Problem("the ranks' plans differ", shown, "give every rank the same plugins and options")])
+
+
+def _annotate(error: BaseException, run: Run) -> None:
+    for note in plugin_frames(error, run):
+        error.add_note(note)
 
 
 def _named_sets(evaluate: Any) -> dict[str, Any]:
