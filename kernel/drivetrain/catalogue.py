@@ -37,13 +37,15 @@ class Entry:
         try:
             loaded = self._point.load()
         except Exception as error:
-            raise ConfigError([
-                Problem(
-                    f"plugin {self.name!r} of {self.distribution} {self.version} cannot be imported",
-                    f"{self.value}: {type(error).__name__}: {error}",
-                    f"reinstall {self.distribution}, or take {self.name!r} out of the run",
-                )
-            ]) from error
+            raise ConfigError(
+                [
+                    Problem(
+                        f"plugin {self.name!r} of {self.distribution} {self.version} cannot be imported",
+                        f"{self.value}: {type(error).__name__}: {error}",
+                        f"reinstall {self.distribution}, or take {self.name!r} out of the run",
+                    )
+                ]
+            ) from error
         if not isinstance(loaded, type):
             raise ConfigError(f"plugin {self.name!r} ({self.value}) is no class. Received: {loaded!r}")
         return loaded

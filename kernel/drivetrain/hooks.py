@@ -1,4 +1,4 @@
-'''The contract: every hook, when it fires, what it may change, and where the chain stops.
+"""The contract: every hook, when it fires, what it may change, and where the chain stops.
 
 The loop, with its hooks in place (O operation, E event, C collect; see `kinds` below):
 
@@ -33,7 +33,7 @@ marked `@hookimpl`; subclassing `Hooks` is optional and lets type checkers see t
         @hookimpl
         def log(self, run, metrics):
             print(run.progress.step, metrics["loss"])
-'''
+"""
 
 from __future__ import annotations
 
