@@ -54,7 +54,7 @@ class Plan:
         lines = ["plugins, in order (the first is called first and wraps outermost):"]
         for name, about in self.plugins.items():
             options = ", ".join(f"{k}={v!r}" for k, v in about["options"].items())
-            lines.append(f"  {name:<18} {about['role']:<10} {options}")
+            lines.append(f"  {name:<18} {about['role']:<10} {options}".rstrip())
         lines.append("run: " + ", ".join(f"{k}={v}" for k, v in self.settings.items() if v is not None))
         inside = {name for names in DEFAULT_CALLS.values() for name in names}
         lines.append("assembly:")

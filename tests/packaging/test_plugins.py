@@ -5,13 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from plugin_table import BEGIN, END, README, first_party, render, role_of, source_of, written
+from readme_parts import first_party, role_of, source_of
 
 import drivetrain_plugins
-from drivetrain.catalogue import Entry
 from drivetrain.options import ROLES, option_fields
+
+if TYPE_CHECKING:
+    from drivetrain.catalogue import Entry
 
 TESTS = Path(__file__).parents[1]
 ENTRIES = first_party()
@@ -62,17 +65,13 @@ def test_every_plugin_has_a_test_file(entry: Entry):
     assert (TESTS / "plugins" / role_of(entry) / f"test_{source_of(entry).stem}.py").is_file()
 
 
-def test_readme_table_is_fresh():
-    """The README's table of plugins is what the entry points say; make it again with `plugin_table.py --write`."""
-    text = README.read_text(encoding="utf-8")
-    assert text.count(BEGIN) == text.count(END) == 1
-    assert written(text) == render(), "run: python tests/packaging/plugin_table.py --write"
-
-
 @pytest.mark.parametrize(
     ("code", "absent"),
     [
-        ("import drivetrain", "torch numpy attrs datasets transformers safetensors fsspec tensorboardX drivetrain_plugins"),
+        (
+            "import drivetrain",
+            "torch numpy attrs datasets transformers safetensors fsspec tensorboardX drivetrain_plugins",
+        ),
         ("import drivetrain_plugins", "torch datasets transformers"),
         ("from drivetrain import Catalogue; [Catalogue().entry(n).summary for n in Catalogue().names]", "torch"),
         ("import drivetrain.cli as c; c.main(['plugins'], standalone_mode=False)", "torch"),

@@ -61,5 +61,5 @@ def test_a_value_out_of_reach_changes_nothing() -> None:
 
 def test_an_unknown_metric_is_told_with_those_there_are() -> None:
     """A metric that the evaluation does not have ends the run with the names of those it has."""
-    with pytest.raises(TrainingError, match="no metric 'f1'. It has: accuracy, loss"):
+    with pytest.raises(TrainingError, match=r"no metric 'f1'\. It has: accuracy, loss"):
         fit(StopAt(value=0.5, metric="f1"))
