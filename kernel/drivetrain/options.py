@@ -105,24 +105,30 @@ def option_fields(cls: type) -> dict[str, attrs.Attribute[Any]]:
     return {field.alias: field for field in fields if field.init}
 
 
-def option_values(plugin: object) -> dict[str, Any]:
-    """Return a plugin's options as JSON can hold them; secrets become "***", objects their type's name."""
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    own = type(value).__module__.startswith("drivetrain") and "__str__" in vars(type(value))
+    return str(value) if own else f"<{type(value).__module__}.{type(value).__qualname__}>"
 
-    def plain(value: Any) -> Any:
-        if value is None or isinstance(value, (bool, int, float, str)):
-            return value
-        if isinstance(value, (list, tuple)):
-            return [plain(v) for v in value]
-        if isinstance(value, dict):
-            return {str(k): plain(v) for k, v in value.items()}
-        own = type(value).__module__.startswith("drivetrain") and "__str__" in vars(type(value))
-        return str(value) if own else f"<{type(value).__module__}.{type(value).__qualname__}>"
 
-    fields = option_fields(type(plugin))
-    return {
-        name: "***" if field.metadata.get("secret") else plain(getattr(plugin, field.name))
-        for name, field in fields.items()
-    }
+def option_values(plugin: object, *, changed: bool = False) -> dict[str, Any]:
+    """Return a plugin's options as JSON can hold them; secrets become "***", objects their type's name.
+
+    `changed=True` leaves out those that have their default.
+    """
+    values = {}
+    for name, field in option_fields(type(plugin)).items():
+        default: Any = field.default
+        default = default.factory() if hasattr(default, "factory") else default
+        value = _plain(getattr(plugin, field.name))
+        if not (changed and value == _plain(default)):
+            values[name] = "***" if field.metadata.get("secret") else value
+    return values
 
 
 def import_object(target: str, *, plugin: str) -> Any:
