@@ -53,8 +53,9 @@ class Plan:
         """Draw the loop with every plugin in its place."""
         lines = ["plugins, in order (the first is called first and wraps outermost):"]
         for name, about in self.plugins.items():
-            options = ", ".join(f"{k}={v!r}" for k, v in about["options"].items())
-            lines.append(f"  {name:<18} {about['role']:<10} {options}".rstrip())
+            changed = ", ".join(f"{k}={v!r}" for k, v in about["changed"].items())
+            lines.append(f"  {name:<18} {about['role']:<10} {about['summary']}".rstrip())
+            lines += [f"{'':32}{changed}"] if changed else []
         lines.append("run: " + ", ".join(f"{k}={v}" for k, v in self.settings.items() if v is not None))
         inside = {name for names in DEFAULT_CALLS.values() for name in names}
         lines.append("assembly:")
@@ -245,6 +246,7 @@ def _about(plugin: object, catalogue: Catalogue) -> dict[str, Any]:
         "distribution": entry.distribution if entry else None,
         "version": entry.version if entry else None,
         "options": option_values(plugin),
+        "changed": option_values(plugin, changed=True),
     }
 
 
