@@ -65,7 +65,7 @@ TABLE = {
     "linear": linear,
     "loader": lambda plugin, folder: {"batch_size": plugin.batch_size, "drop_last": plugin.drop_last},
     "module": lambda plugin, folder: {"build_model": lambda: TinyModule(0.1)},
-    "pad": lambda plugin, folder: {"words": None},
+    "pad": lambda plugin, folder: {},
     "rows": lambda plugin, folder: {"words": None, "text": True},
     "sgd": sgd,
     "stack": lambda plugin, folder: {},

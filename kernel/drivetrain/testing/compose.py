@@ -121,42 +121,38 @@ def complete(
     offered = {name: catalogue.entry(name).load() for name in first_party(catalogue)}
 
     def add(name: str | None) -> None:
-        if name is not None and name not in named and not owned([offered[name]]) & owned(named.values()):
-            named[name] = example(offered[name], folder)
+        if name is not None and name not in named:
+            made = example(offered[name], folder)
+            if not owned([made]) & owned(named.values()):
+                named[name] = made
 
     def provider(word: str) -> str | None:
         found = [n for n, cls in offered.items() if word in (n, *_declared(cls, "provides"))]
         return word if word in found else next(iter(found), None)
 
-    padded = "build_collator" not in owned(named.values()) or "processor" in _requires_of_collator(named)
-    if pretrained or ("data" in _words(named, "provides") and padded):
+    padded = "build_collator" not in owned(named.values()) or "padding" in _words(named, "provides")
+    sentences = "data" in _words(named, "provides") and padded
+    if pretrained or sentences:
         add(provider("processor"))
-    while missing := [w for w in _words(named, "requires") - _words(named, "provides") if provider(w)]:
-        before = len(named)
+    if sentences and "processor" in _words(named, "provides"):
+        add("tokenize")
+    tried: set[str] = set()
+    while missing := _words(named, "requires") - _words(named, "provides") - tried:
         for word in sorted(missing):
             add(provider(word))
-        if len(named) == before:
-            break
-    provided = _words(named, "provides")
-    if "processor" in provided and "data" in provided and padded:
-        add("tokenize")
-    if "processor" in provided and "tokenize" in named:
-        add("pad")
+        tried |= missing
     if "build_optimizer" not in owned(named.values()):
         named["base-optimizer"] = BaseOptimizer()
-    words = None if "processor" in _requires_of_collator(named) else WORDS
+    provided = _words(named, "provides")
+    words = None if "padding" in provided else WORDS
     if "data" in provided:
-        return Composition(named, "")
+        return Composition(named, "", words)
     return Composition(named, "text" if "tokenize" in named else "tokens" if "processor" in provided else "tensors", words)
 
 
 def _declared(cls: type, which: str) -> tuple[str, ...]:
     words = getattr(cls, which, ())
     return () if isinstance(words, property) else tuple(words)
-
-
-def _requires_of_collator(plugins: Mapping[str, Any]) -> set[str]:
-    return {w for p in plugins.values() if "build_collator" in owned([p]) for w in getattr(p, "requires", ())}
 
 
 @attrs.define

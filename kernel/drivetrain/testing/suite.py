@@ -23,7 +23,7 @@ from drivetrain.options import ROLES, option_fields, option_values
 from drivetrain.plan import _implementations, check_plugin, kebab
 from drivetrain.recipe import Recipe
 from drivetrain.testing import probes
-from drivetrain.testing.compose import Composition, compose_pair, complete, example, first_party, owned, refusal
+from drivetrain.testing.compose import STEPS, Composition, compose_pair, complete, example, first_party, owned, refusal
 from drivetrain.testing.digests import decode, digest, encode
 from drivetrain.testing.files import fill
 
@@ -176,14 +176,14 @@ class PluginSuite:
                 made = made.adding(loader=example("loader", kit_folder, {"batch_size": 8, "workers": workers}))
             return made
 
-        straight = build().fit(tmp_path / "straight", steps=3)
+        straight = build().fit(tmp_path / "straight")
         state: dict[str, Any] | None = None
         for number, stop in enumerate((1, 2, None)):
             made = build()
             if stop is not None:
                 made = made.adding(stop_at=probes.StopAt(stop))
             run = _go_on(made, tmp_path / f"part-{number}", state)
-            assert run.progress.step == (stop or 3)
+            assert run.progress.step == (stop or STEPS)
             if stop is not None:
                 assert run.progress.epoch == 0, "the kit's epoch is too short to stop in it twice"
             state = copy.deepcopy(run.state_dict())
@@ -277,7 +277,7 @@ def _needed(composition: Composition, name: str) -> bool:
 
 def _go_on(made: Composition, output: Path, state: dict[str, Any] | None) -> Run:
     """Fit from `state`, as a resumed run does, with the checkpoint in memory."""
-    trainer = made.trainer(output, steps=3)
+    trainer = made.trainer(output)
     run = trainer.assemble(**made.data())
     if state is not None:
         run.load_state_dict(state)
