@@ -28,16 +28,19 @@ class PadCollator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Return int64 tensors (B, L) of the sequences and (B,) of the labels; strings are left out."""
         batch: dict[str, torch.Tensor] = {}
+        if any(row.keys() != rows[0].keys() for row in rows):
+            raise DataError(f"pad: the rows of a batch must have the same fields. Received: rows with {_fields(rows)}")
         for name, first in rows[0].items():
-            try:
-                values = [row[name] for row in rows]
-            except KeyError:
-                raise DataError(f"field {name!r} is missing in a row. Received: rows with {_fields(rows)}") from None
-            if isinstance(first, str) or first is None:
+            values = [row[name] for row in rows]
+            if isinstance(first, str) or all(value is None for value in values):
                 continue
-            key = "labels" if name in LABELS else name
             ragged = hasattr(first, "__len__") and getattr(first, "ndim", 1) > 0
-            batch[key] = self._pad(name, values) if ragged else torch.as_tensor(values)
+            try:
+                made = self._pad(name, values) if ragged else torch.as_tensor(values)
+            except (TypeError, ValueError, RuntimeError) as error:
+                received = repr(values)[:200]
+                raise DataError(f"pad: field {name!r} makes no tensor ({error}). Received: {received}") from error
+            batch["labels" if name in LABELS else name] = made
         if "input_ids" in batch and "attention_mask" not in batch:
             ones = [[1] * len(row["input_ids"]) for row in rows]
             batch["attention_mask"] = self._pad("attention_mask", ones)
@@ -56,7 +59,7 @@ def _fields(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     return sorted({tuple(sorted(row)) for row in rows})
 
 
-@plugin(role="collate")
+@plugin(role="collate", provides=["padding"])
 class Pad:
     """Pad each batch to its longest row with the tokenizer's padding id; labels with -100."""
 
@@ -74,5 +77,6 @@ class Pad:
         tokenizer = self.tokenizer if self.tokenizer is not None else run.processor
         if tokenizer.pad_token_id is None:
             raise ConfigError("pad: the tokenizer has no padding token. Set one, e.g. tokenizer.pad_token = eos_token")
-        fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+        types = tokenizer.pad_token_type_id
+        fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": types, "special_tokens_mask": 1}
         return PadCollator(fill, self.multiple, tokenizer.padding_side)

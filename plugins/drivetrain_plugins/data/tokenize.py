@@ -36,7 +36,7 @@ class Tokenized:
         return [rows[i] for i in indices]
 
 
-@plugin(role="data", requires=["processor"], example={"max_length": 16})
+@plugin(role="data", requires=["processor", "padding"], example={"max_length": 16})
 class Tokenize:
     """Turn each row's text into token ids with the model's tokenizer, and label names into ids."""
 
@@ -81,6 +81,8 @@ class Tokenize:
             if label not in names:
                 raise DataError(f"tokenize: {where}: the model has no label {label!r}. It has: {sorted(names)}")
             return names[label]
+        if len(names) == 1 and isinstance(label, int):  # a single output regresses
+            return float(label)
         bad = isinstance(label, int) and names and not 0 <= label < len(names) and label != -100  # noqa: PLR2004
         if label is None or bad:
             raise DataError(f"tokenize: {where}: a label id must be below {len(names)}. Received: {label!r}")
