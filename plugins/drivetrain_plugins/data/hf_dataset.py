@@ -29,6 +29,7 @@ class HFDataset:
             if Path(self.path).expanduser().is_dir():
                 return datasets.load_from_disk(str(Path(self.path).expanduser()))[wanted]
             return datasets.load_dataset(self.path, self.name, data_files=self.data_files, split=wanted)
-        except (KeyError, ValueError, OSError) as error:
-            do = "give evaluate=None, or a split that the set has"
-            raise ConfigError([Problem(f"hf-dataset: no split {wanted!r} of {self.path!r}", str(error), do)]) from error
+        except (KeyError, ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+            do = "give the path of a set, a split that it has, or evaluate=None; a folder needs a saved DatasetDict"
+            what = f"hf-dataset: the split {wanted!r} of {self.path!r} cannot be loaded"
+            raise ConfigError([Problem(what, f"{type(error).__name__}: {error}", do)]) from error

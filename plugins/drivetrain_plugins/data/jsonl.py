@@ -18,20 +18,24 @@ def read_jsonl(url: str) -> list[dict[str, Any]]:
     """
     rows = []
     try:
-        with fsspec.open(url, "rt", encoding="utf-8") as lines:
+        with fsspec.open(url, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise DataError(f"{url}:{number}: not JSON ({error}). Received: {line[:80]!r}") from None
+                    row = json.loads(line.decode("utf-8"))
+                except (ValueError, RecursionError) as error:
+                    raise DataError(f"{url}:{number}: not JSON in UTF-8 ({error}). Received: {_start(line)}") from None
                 if not isinstance(row, dict):
-                    raise DataError(f"{url}:{number}: a row must be a JSON object. Received: {line[:80]!r}")
+                    raise DataError(f"{url}:{number}: a row must be a JSON object. Received: {_start(line)}")
                 rows.append(row)
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"{url}: cannot be read: {type(error).__name__}: {error}") from error
     return rows
+
+
+def _start(line: bytes) -> str:
+    return repr(line[:80].decode("utf-8", errors="backslashreplace"))
 
 
 @plugin(role="data", provides=["data"], example={"train": "{kit}/train.jsonl", "evaluate": "{kit}/dev.jsonl"})

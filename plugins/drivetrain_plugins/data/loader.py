@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
-from drivetrain import InProcess, hookimpl, option, plugin
+from drivetrain import InProcess, TrainingError, hookimpl, option, plugin
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,13 +52,26 @@ class InWorkers(InProcess):
             # The loader draws a base seed when iterated; never from the global generator.
             generator=torch.Generator().manual_seed(0),
         )
-        for micro in loader:
+        for micro in self._told(loader):
             if self.pin_memory:
                 micro.batch = torch.utils.data._utils.pin_memory.pin_memory(micro.batch)  # type: ignore[no-untyped-call]  # noqa: SLF001
             yield micro
 
+    def _told(self, loader: Any) -> Iterator[Micro]:
+        """Yield what the workers make; say what to do when one of them is lost."""
+        try:
+            yield from loader
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if str(error).startswith("Caught "):  # it comes from the rows, not from the processes
+                raise
+            raise TrainingError(
+                f"loader: the {self.fetch.split} data's worker processes failed: {error}. A killed one has often run "
+                "out of memory: take fewer workers or a smaller prefetch. A slow one needs a larger "
+                f"timeout_s. Received: workers={self.workers}, prefetch={self.prefetch}, timeout_s={self.timeout_s}"
+            ) from error
 
-@plugin(role="data", example={"batch_size": 8})
+
+@plugin(role="data", example={"batch_size": 4})
 class Loader:
     """Set batch size and worker processes; the order of rows depends on neither."""
 
