@@ -37,7 +37,7 @@ class StreamingAccuracy:
         if self.world_size > 1:
             torch.distributed.all_reduce(self.counts)
         hits, items = self.counts.tolist()
-        return {"accuracy": hits / items if items else 0.0}
+        return {"accuracy": hits / items} if items else {}
 
 
 @plugin(role="evaluate", effect="observes", requires=["evaluation"])

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from drivetrain import Trigger, hookimpl, option, plugin
 from drivetrain.loop import evaluate as evaluate_split
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Iterator
 
     from drivetrain import Metric, Run, Step
+
+
+@contextlib.contextmanager
+def _kept_streams(device: torch.device) -> Iterator[None]:
+    """Put every global generator back: rows are augmented, and a model may draw, in an evaluation too."""
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global one
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)  # noqa: NPY002
 
 
 @plugin(role="evaluate", effect="observes", provides=["evaluation"], example={"every": "3 steps"})
@@ -23,7 +38,7 @@ class Evaluate:
     at_start: bool = option(False, help="evaluate before the first step")
     at_end: bool = option(True, help="evaluate after the last step")
 
-    @hookimpl(wrapper=True)
+    @hookimpl(wrapper=True, trylast=True)  # innermost: whoever writes the log has opened it before the first evaluation
     def fit(self, run: Run) -> Generator[None, Any, Any]:
         """Start the cadence."""
         self.every.start(run)
@@ -48,7 +63,7 @@ class Evaluate:
         training = [m for m in run.model.modules() if m.training]
         run.model.eval()
         try:
-            with torch.no_grad():
+            with _kept_streams(run.device), torch.no_grad():
                 totals = self._loop(run, split, metrics)
         finally:
             for module in training:
