@@ -41,6 +41,14 @@ def resolve(path: str) -> str:
     return str(folder)
 
 
+def _check_vocabulary(processor: Any, folder: Path) -> None:
+    """Refuse a tokenizer without its files: the library makes one that knows no word, and says nothing."""
+    names = getattr(processor, "vocab_files_names", {})
+    wanted = {*names.values(), "tokenizer.json", "tokenizer_config.json"}
+    if names and folder.is_dir() and not any((folder / name).exists() for name in wanted):
+        raise ValueError(f"the folder has no tokenizer (none of {', '.join(sorted(wanted))})")
+
+
 @plugin(role="model", provides=["model", "processor"], example={"path": "{kit}/model", "labels": ["a", "b", "c"]})
 class HFModel:
     """Load a transformers model for a task, with its tokenizer, from a folder, a package or the hub."""
@@ -66,9 +74,14 @@ class HFModel:
                 model = auto.from_pretrained(path, **given)
             else:
                 model = auto.from_config(transformers.AutoConfig.from_pretrained(path, **given))
-            run.processor = transformers.AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError) as error:
-            do = "give an existing folder, or a hub id with the network at hand"
-            raise ConfigError([Problem("hf-model: the model cannot be loaded", f"{self.path}: {error}", do)]) from error
+            images = self.task == "image-classification"
+            processor = transformers.AutoImageProcessor if images else transformers.AutoTokenizer
+            run.processor = processor.from_pretrained(path)
+            _check_vocabulary(run.processor, Path(path))
+        except Exception as error:  # the libraries raise many kinds for a damaged or unfitting folder
+            do = "give an existing folder that fits the task, or a hub id with the network at hand"
+            raise ConfigError(
+                [Problem("hf-model: the model cannot be loaded", f"{self.path}: {type(error).__name__}: {error}", do)]
+            ) from error
         run.shifted_labels = self.task == "causal-lm"
         return model
