@@ -45,7 +45,9 @@ class JsonlLog:
                 continue
             if row["step"] <= run.progress.step:
                 kept.append(line + "\n")
-        file.write_text("".join(kept), encoding="utf-8")
+        fresh = file.with_name(f".{file.name}.new")
+        fresh.write_text("".join(kept), encoding="utf-8")
+        fresh.replace(file)  # the log is never half there
 
     @hookimpl(wrapper=True)
     def fit(self, run: Run) -> Generator[None, Any, Any]:

@@ -41,7 +41,9 @@ class TensorBoard:
             return (yield)
         library = require("tensorboardX", plugin="tensorboard")
         assert run.settings.output is not None  # refused when assembled
-        self._writer = library.SummaryWriter(str(run.settings.output / self.folder), purge_step=self._purge)
+        # A file is named by the second it is made in; without the step, a quick resume would overwrite the one before.
+        suffix, folder = f".step-{run.progress.step}", str(run.settings.output / self.folder)
+        self._writer = library.SummaryWriter(folder, purge_step=self._purge, filename_suffix=suffix)
         try:
             return (yield)
         finally:
