@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from drivetrain import ConfigError
+from drivetrain import ConfigError, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,17 +25,27 @@ def target(run: Run, to: str | None, name: str, plugin: str) -> Path:
 
 
 def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file or folder beside `path`, then put it in place of what is there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Let `write` make a file or folder beside `path`, then put it in place of what is there.
+
+    Raises:
+        ConfigError: it cannot be written there.
+    """
     fresh, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
-    for left_over in (fresh, old):
-        _remove(left_over)
-    write(fresh)
-    _open_by_umask(fresh)
-    if path.exists():
-        path.rename(old)
-    fresh.rename(path)
-    _remove(old)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if old.exists() and not path.exists():  # a process was killed between the two renames below
+            old.rename(path)
+        _remove(fresh)
+        _remove(old)
+        write(fresh)
+        _open_by_umask(fresh)
+        if path.is_dir() or (path.exists() and fresh.is_dir()):  # only a file replaces a file in one call
+            path.rename(old)
+        fresh.replace(path)
+        _remove(old)
+    except OSError as error:
+        do = "choose another place, or make room there"
+        raise ConfigError([Problem(f"the export {path} cannot be written", str(error), do)]) from error
 
 
 def _open_by_umask(path: Path) -> None:
