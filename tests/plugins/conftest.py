@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"the a red blue green bird fish sings swims fast slow".split()]
+WORDS = (
+    "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]",
+    "the", "a", "red", "blue", "green", "bird", "fish", "sings", "swims", "fast", "slow",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
