@@ -289,17 +289,17 @@ def _unreachable(plan: Plan, plugins: dict[str, Any]) -> list[Problem]:
         if owner not in (None, "drivetrain"):
             calls = getattr(plugins[owner], "calls", {}).get(hook, ())
         todo += [c for c in calls if c not in reached]
-    problems = []
-    for outer, inner in DEFAULT_CALLS.items():
-        for hook in inner:
-            acting = plan.hooks[hook]
-            who = [*acting.wrappers, *acting.listeners, *([acting.owner] if acting.owner != "drivetrain" else [])]
-            who = [w for w in who if w and w != plan.hooks[outer].owner]
-            if hook not in reached and outer in reached and who:
-                owner = plan.hooks[outer].owner
-                what = f"hook {hook!r} of {', '.join(map(repr, who))} can never run"
-                received = f"{owner!r} owns {outer!r} and does not call it"
-                problems.append(Problem(what, received, f"take out {owner!r} or {who[0]!r}", kind="conflict"))
+    problems, around = [], {inner: outer for outer, calls in DEFAULT_CALLS.items() for inner in calls}
+    for hook in [h for h in around if h not in reached]:
+        outer = hook
+        while outer not in reached:
+            outer = around[outer]
+        owner, acting = plan.hooks[outer].owner, plan.hooks[hook]
+        who = [*acting.wrappers, *acting.listeners, acting.owner]
+        if who := [w for w in who if w not in (None, "drivetrain", owner)]:
+            what = f"hook {hook!r} of {', '.join(map(repr, who))} can never run"
+            received = f"{owner!r} owns {outer!r} and does not call it"
+            problems.append(Problem(what, received, f"take out {owner!r} or {who[0]!r}", kind="conflict"))
     return problems
 
 

@@ -25,7 +25,9 @@ _results: dict[str, dict[str, torch.Tensor]] = {}
 def expected(plugins, words, folder):
     """Return the reference's parameters; runs that differ in observers alone share one."""
     acting = sorted(
-        (name, repr(plugin.example)) for name, plugin in plugins.items() if plugin.effect != "observes" or name in table.TABLE
+        (name, repr(plugin.example))
+        for name, plugin in plugins.items()
+        if plugin.effect != "observes" or name in table.TABLE
     )
     key = f"{acting} {words}"
     if key not in _results:
@@ -49,7 +51,7 @@ def test_every_plugin_has_an_oracle(name):
     """A plugin says that it observes (and is held to it), or stands in the table as arguments of the reference."""
     effect = Catalogue().entry(name).load().effect
     assert effect == "observes" or name in table.TABLE, (
-        f'plugin {name!r} declares effect={effect!r}, so every pair with it is compared with a hand-written loop: say in '
+        f"plugin {name!r} declares effect={effect!r}, so every pair with it is compared with a hand-written loop: say in "
         f"tests/compose/table.py what it means there (arguments of reference.train, which may need a new one), or declare "
         f'effect="observes" if it leaves the weights bit-identical'
     )

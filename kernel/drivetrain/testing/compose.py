@@ -106,7 +106,7 @@ class Composition:
         return run
 
 
-def complete(
+def complete(  # noqa: C901 - one rule after the other
     plugins: Mapping[str, Any], folder: Path, *, catalogue: Catalogue | None = None, pretrained: bool = False
 ) -> Composition:
     """Return a composition in which `plugins` can act, where there is one; the others come after them.
@@ -147,7 +147,9 @@ def complete(
     words = None if "padding" in provided else WORDS
     if "data" in provided:
         return Composition(named, "", words)
-    return Composition(named, "text" if "tokenize" in named else "tokens" if "processor" in provided else "tensors", words)
+    return Composition(
+        named, "text" if "tokenize" in named else "tokens" if "processor" in provided else "tensors", words
+    )
 
 
 def _declared(cls: type, which: str) -> tuple[str, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import zlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +12,7 @@ from drivetrain.options import require
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
 TOPICS = (
     ("river", "stone", "cloud", "meadow", "frost", "pine", "valley", "thunder"),
@@ -91,7 +91,7 @@ class TinyModule(torch.nn.Module):
         self.rows: torch.Tensor
         self.register_buffer("rows", torch.zeros((), dtype=torch.int64), persistent=False)
 
-    def forward(
+    def forward(  # noqa: PLR0917 - batches may come as tuples
         self,
         x: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
@@ -122,6 +122,7 @@ class TinyModule(torch.nn.Module):
         if self.training:
             self.rows += len(logits)
         target = label if labels is None else labels
+        assert target is not None, "the batch has neither labels nor label"
         loss = torch.nn.functional.cross_entropy(logits, target)
         return {"loss": loss, "logits": logits}
 
@@ -134,7 +135,7 @@ def _write_model(folder: Path) -> None:
     library = require("transformers", extra="hf", plugin="the kit's model")
     words = require("tokenizers", extra="hf", plugin="the kit's model")
     vocabulary = vocabulary_ids()
-    made = words.Tokenizer(words.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    made = words.Tokenizer(words.models.WordLevel(vocabulary, unk_token="[UNK]"))  # noqa: S106
     made.pre_tokenizer = words.pre_tokenizers.Whitespace()
     ends = [(word, vocabulary[word]) for word in ("[CLS]", "[SEP]")]
     made.post_processor = words.processors.TemplateProcessing(

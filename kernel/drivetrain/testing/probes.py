@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class BaseOptimizer:
     """Gradient descent with momentum: the optimizer of the kit's base composition."""
 
-    lr: float = option(0.1, gt=0, help="learning rate")
+    lr: float = option(default=0.1, gt=0, help="learning rate")
 
     @hookimpl
     def build_optimizer(self, groups: Any) -> torch.optim.Optimizer:
@@ -88,7 +88,7 @@ class Recorder:
 class StopAt:
     """Stop when a number of optimizer steps is done."""
 
-    step: int = option(1, ge=1, help="how many")
+    step: int = option(default=1, ge=1, help="how many")
 
     @hookimpl
     def step_end(self, step: Step) -> None:
@@ -246,7 +246,7 @@ class _Ragged(InProcess):
 class Ragged:
     """Make one step of each epoch, from micro-batches of the given sizes."""
 
-    sizes: tuple[int, ...] = option((8,), ge=1, help="rows of each micro-batch")
+    sizes: tuple[int, ...] = option(default=(8,), ge=1, help="rows of each micro-batch")
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -53,6 +53,8 @@ def recorder() -> Recorder:
 @pytest.fixture
 def empty_catalogue(monkeypatch: pytest.MonkeyPatch) -> Catalogue:
     """Return a catalogue with nothing in it, and make looking for installed plugins an error."""
+    from importlib import metadata  # noqa: PLC0415
+
     from drivetrain import catalogue  # noqa: PLC0415
 
     def refuse(**selection: Any) -> Any:
@@ -60,8 +62,8 @@ def empty_catalogue(monkeypatch: pytest.MonkeyPatch) -> Catalogue:
             pytest.fail("this test looked for installed plugins; pass catalogue=empty_catalogue")
         return found(**selection)
 
-    found = catalogue.metadata.entry_points
-    monkeypatch.setattr(catalogue.metadata, "entry_points", refuse)
+    found = metadata.entry_points
+    monkeypatch.setattr(metadata, "entry_points", refuse)
     return catalogue.Catalogue(())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
+import datetime as dt
 import functools
 import gc
 import multiprocessing
@@ -57,15 +57,15 @@ def run_ranks(
             process.start()
             there.close()
             running[here] = rank, process
-        processes = [process for _, process in running.values()]
+        processes = [each for _, each in running.values()]
         try:
             reports = _gather(running, deadline)
         finally:
-            for process in processes:
-                if process.is_alive():
-                    process.kill()
-                process.join()
-                process.close()
+            for each in processes:
+                if each.is_alive():
+                    each.kill()
+                each.join()
+                each.close()
     failures = [report for report in reports.values() if "error" in report]
     if failures:
         _raise(min(failures, key=lambda report: report["when"]))
@@ -121,19 +121,22 @@ def _loopback() -> str | None:
     return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
 
 
-def _rank(job: bytes, rank: int, world_size: int, store: str, timeout_s: float, reply: connection.Connection) -> None:
+def _rank(  # noqa: PLR0917 - a process takes them by position
+    job: bytes, rank: int, world_size: int, store: str, timeout_s: float, reply: connection.Connection
+) -> None:
     """Be one rank, and leave without running exit handlers: gloo's threads may abort the process there."""
     torch.set_num_threads(1)
     if name := _loopback():
         os.environ["GLOO_SOCKET_IFNAME"] = name
     status = 0
+    report: dict[str, Any]
     try:
         torch.distributed.init_process_group(
             "gloo",
             init_method=f"file://{store}",
             rank=rank,
             world_size=world_size,
-            timeout=datetime.timedelta(seconds=timeout_s),
+            timeout=dt.timedelta(seconds=timeout_s),
         )
         report = {"result": pickle.dumps(pickle.loads(job)())}  # noqa: S301 - from the test
         gc.collect()  # drops models that hold on to the group, before it goes

@@ -23,7 +23,7 @@ from drivetrain.options import ROLES, option_fields, option_values
 from drivetrain.plan import _implementations, check_plugin, kebab
 from drivetrain.recipe import Recipe
 from drivetrain.testing import probes
-from drivetrain.testing.compose import STEPS, Composition, compose_pair, complete, example, first_party, owned, refusal
+from drivetrain.testing.compose import STEPS, Composition, complete, compose_pair, example, first_party, owned, refusal
 from drivetrain.testing.digests import decode, digest, encode
 from drivetrain.testing.files import fill
 
@@ -165,7 +165,7 @@ class PluginSuite:
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_exact_resume(self, kit_folder: Path, tmp_path: Path, workers: int) -> None:
-        """Stopped twice in one epoch and gone on with by fresh instances, the run ends bit for bit as if never stopped."""
+        """Stopped twice in one epoch and gone on with by fresh instances, it ends bit for bit as if never stopped."""
 
         def build() -> Composition:
             own = "workers" in option_fields(self.cls)
@@ -198,7 +198,9 @@ class PluginSuite:
         found = []
         for cut in (sizes, [ROWS_OF_A_STEP]):
             kept = probes.Gradients()
-            made = self.composition(kit_folder).adding(exact=probes.Exact(), ragged=probes.Ragged(cut), gradients=kept)
+            made = self.composition(kit_folder).adding(
+                exact=probes.Exact(), ragged=probes.Ragged(tuple(cut)), gradients=kept
+            )
             made = made.adding(stop_at=probes.StopAt(1))
             if problems := made.problems():
                 pytest.skip(f"the composition does not allow it: {problems[0]}")
@@ -211,7 +213,7 @@ class PluginSuite:
     # --- when things go wrong ------------------------------------------------------------------------------------
 
     def test_teardown(self, kit_folder: Path, tmp_path: Path) -> None:
-        """Whichever hook raises: the error names it, `failed` is heard, wrappers unwind, and the plugin can be used again."""
+        """Whichever hook raises: the error names it, `failed` is heard, wrappers unwind, the plugin is usable again."""
         recorder = probes.Recorder()
         composition = self.composition(kit_folder)
         clean = digest(composition.adding(recorder=recorder).fit(tmp_path / "clean"), "model", "optimizer")
@@ -238,7 +240,7 @@ class PluginSuite:
 
     @pytest.mark.parametrize("other", first_party())
     def test_composes_with(self, other: str, kit_folder: Path, tmp_path: Path) -> None:
-        """With each first-party plugin it is refused with a reason, or trains; an observer changes nothing there either."""
+        """With each first-party plugin it is refused with a reason, or trains; an observer changes nothing there."""
         if other == self.name:
             pytest.skip("itself")
         pair = {self.name: self.make(kit_folder), other: example(other, kit_folder)}
