@@ -119,7 +119,8 @@ class Recipe:
                 self._blame(f"the recipe has no plugin {name!r}", do=nearest(name, plugins), at=flag, kind="unknown")
         for key, equals, text in (item.partition("=") for item in set):
             *above, last = at = (*(() if key.startswith("run.") else ("plugins",)), *key.split("."))
-            table, flag = self.tables, (f"--set {key}",)
+            table: Any = self.tables
+            flag = (f"--set {key}",)
             self.places[flag] = flag[0]
             for part in above:
                 table = table.get(part) if isinstance(table, dict) else None
