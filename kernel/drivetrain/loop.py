@@ -142,7 +142,8 @@ class Defaults:
             loss = micro.loss.detach()
             total = loss if total is None else total + loss
         if total is None:
-            step.skip("no target items")
+            if not step.num_items:  # over all ranks: where others have some, this one adds nothing to their step
+                step.skip("no target items")
             total = torch.zeros((), device=step.run.device)
         step.loss = total
 

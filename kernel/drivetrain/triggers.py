@@ -91,4 +91,4 @@ class Trigger:
 
     def __str__(self) -> str:
         """Write the trigger the way it is read."""
-        return f"{self.count:g} {self.unit}"
+        return f"{self.count:.15g} {self.unit}"

@@ -14,11 +14,11 @@ from drivetrain.testing.files import tensor_rows
 from drivetrain_plugins import BF16, SGD, Accumulate, Accuracy, Checkpoint, Clip, Evaluate, JsonlLog, Linear, Loader
 
 
-class Inner(Exception):
+class InnerError(Exception):
     pass
 
 
-class Outer(Exception):
+class OuterError(Exception):
     pass
 
 
@@ -50,7 +50,7 @@ def replaces(trace, name):
     try:
         return (yield)
     except Exception as error:
-        raise Outer(name) from error
+        raise OuterError(name) from error
 
 
 def cleans(trace, name):
@@ -62,13 +62,13 @@ def cleans(trace, name):
 
 def raises_before(trace, name):
     trace.append(f"{name} raises")
-    raise Outer(name)
+    raise OuterError(name)
     yield
 
 
 def raises_after(trace, name):
     yield
-    raise Outer(name)
+    raise OuterError(name)
 
 
 def yields_twice(trace, name):
@@ -91,7 +91,7 @@ def never_yields(trace, name):
 
 def raises_stop(trace, name):
     yield
-    raise StopIteration(name)
+    raise StopIteration(name)  # noqa: PLR1708 - to see what becomes of it
 
 
 def returns(trace):
@@ -104,7 +104,7 @@ def returns_none(trace):
 
 
 def raises(trace):
-    raise Inner(1)
+    raise InnerError(1)
 
 
 def raises_stop_iteration(trace):
@@ -149,7 +149,7 @@ def outcome(call, trace):
     try:
         ended = ("returned", call("micro"))
     except BaseException as error:  # KeyboardInterrupt is one of them
-        said = error.args if isinstance(error, (Inner, Outer, StopIteration)) else None
+        said = error.args if isinstance(error, (InnerError, OuterError, StopIteration)) else None
         ended = ("raised", type(error), said, type(error.__cause__))
     return ended, list(trace)
 
@@ -202,7 +202,7 @@ def test_events_agree(count, failing):
             def step_end(self, step):
                 trace.append((number, step))
                 if number == failing:
-                    raise Inner(number)
+                    raise InnerError(number)
                 return "ignored"
 
         return Plugin()
@@ -215,7 +215,7 @@ def test_events_agree(count, failing):
         trace.clear()
         try:
             call("carrier")
-        except Inner as error:
+        except InnerError as error:
             return error.args, list(trace)
         return None, list(trace)
 
@@ -239,7 +239,7 @@ def test_nothing_is_kept_of_a_call():
     seen = weakref.ref(carrier)
     gc.disable()
     try:
-        with pytest.raises(Inner) as caught:
+        with pytest.raises(InnerError) as caught:
             callables(manager).forward(carrier)
         del caught, carrier
         assert seen() is None

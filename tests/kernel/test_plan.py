@@ -124,7 +124,7 @@ def test_arguments_that_pluggy_cannot_fill():
 
 
 def test_an_unhashable_plugin():
-    """Attrs classes with equality cannot be registered; the message has the mend."""
+    """Classes of attrs with equality cannot be registered; the message has the mend."""
 
     @attrs.define
     class Unhashable:

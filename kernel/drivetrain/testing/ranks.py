@@ -76,9 +76,12 @@ def run_ranks(
 
 @functools.cache
 def _context() -> ForkServerContext:
-    """Return a server that has torch imported, so that a rank starts in milliseconds and inherits no threads."""
+    """Return a server that has torch imported, so that a rank starts in milliseconds and inherits no threads.
+
+    An optimizer imports torch._dynamo at its first step, which takes seconds.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "drivetrain.trainer", "drivetrain.testing.carriers"])
+    context.set_forkserver_preload(["torch._dynamo", "drivetrain.testing.carriers"])
     return context
 
 
@@ -97,7 +100,8 @@ def _gather(running: Mapping[connection.Connection, tuple[int, BaseProcess]], de
             except EOFError:
                 process.join(GRACE_S)
                 what = f"rank {rank} died without an exception (exit code {process.exitcode})"
-                reports[rank] = {"error": None, "what": what, "text": "", "rank": rank, "when": time.monotonic()}
+                # No rank but a dead one could tell when it died; others' lost connections follow from it.
+                reports[rank] = {"error": None, "what": what, "text": "", "rank": rank, "when": 0.0}
             end.close()
             if "error" in reports[rank]:
                 deadline = min(deadline, time.monotonic() + GRACE_S)
