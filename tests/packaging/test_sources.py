@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ast
-import io
 import shutil
 import subprocess
 import sys
-import tokenize
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +21,8 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*(ROOT / "kernel").rglob("*.py"), *(ROOT / "plugins").rglob("*.py")])
 TESTS = sorted([*(ROOT / "tests").rglob("*.py"), *(ROOT / "examples").rglob("test_*.py")])
 MODULE_LINES = 400
-KERNEL_CODE_LINES = 2000  # without `cli.py` and `testing`; lines that hold code, not docstrings, comments or blanks
+KERNEL_LINES = 1500  # logical ones: statements, however the formatter breaks them; documentation is not charged for
+FRONT_ENDS = {"cli.py", "recipe.py"}  # they make a list of plugins; a run loads neither
 
 # Whatever makes objects of bytes, or code of text: a checkpoint or a recipe must never reach one of these.
 MODULES = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "imp", "runpy"}
@@ -85,27 +84,38 @@ def test_modules_are_short(path: Path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MODULE_LINES
 
 
-def code_lines(text: str) -> int:
-    """Count the lines that hold code: no blanks, comments or docstrings."""
-    documented: set[int] = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(
-            node
-        ):
-            documented |= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
-    idle = {
-        tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER
-    }  # fmt: skip
-    tokens = [t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type not in idle]
-    lines = {line for token in tokens for line in range(token.start[0], token.end[0] + 1)}
-    return len(lines - documented)
+def logical_lines(text: str) -> int:
+    """Count the statements, docstrings left out."""
+    return sum(
+        isinstance(node, ast.stmt) and not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+        for node in ast.walk(ast.parse(text))
+    )
 
 
 def test_the_kernel_is_small():
-    """The kernel stays within its budget of lines of code."""
-    modules = [path for path in (ROOT / "kernel" / "drivetrain").glob("*.py") if path.name != "cli.py"]
-    counted = {path.name: code_lines(path.read_text(encoding="utf-8")) for path in modules}
-    assert sum(counted.values()) <= KERNEL_CODE_LINES, counted
+    """What a run loads of the kernel stays under 1,500 logical lines."""
+    modules = [path for path in (ROOT / "kernel" / "drivetrain").glob("*.py") if path.name not in FRONT_ENDS]
+    counted = {path.name: logical_lines(path.read_text(encoding="utf-8")) for path in modules}
+    assert sum(counted.values()) < KERNEL_LINES, counted
+
+
+def test_a_run_loads_no_front_end():
+    """Training from Python imports neither the recipe nor the command line, which the line budget leaves out."""
+    code = """
+import sys, torch
+from drivetrain import Trainer
+from drivetrain_plugins import SGD
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2))
+    def forward(self, x):
+        return (x * self.weight).square().mean()
+Trainer(Model(), [SGD()], steps=2).fit({"x": torch.ones(16, 2)})
+print(sorted({"drivetrain.recipe", "drivetrain.cli", "drivetrain.testing", "cattrs", "click"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_import_contracts_hold():
