@@ -142,9 +142,10 @@ class Defaults:
             loss = micro.loss.detach()
             total = loss if total is None else total + loss
         if total is None:
-            if not step.num_items:  # over all ranks: where others have some, this one adds nothing to their step
+            if step.num_items:  # over all ranks: others have some, and this one adds nothing to their step
+                total = torch.zeros((), device=step.run.device)
+            else:
                 step.skip("no target items")
-            total = torch.zeros((), device=step.run.device)
         step.loss = total
 
     @hookimpl
@@ -165,16 +166,16 @@ class Defaults:
     def compute_loss(self, micro: Micro) -> torch.Tensor:
         """Take the model's own mean loss."""
         outputs = micro.outputs
-        loss = outputs if isinstance(outputs, torch.Tensor) else outputs.get("loss")
+        loss: torch.Tensor | None = outputs if isinstance(outputs, torch.Tensor) else None
+        if hasattr(outputs, "get"):
+            loss = outputs.get("loss")
         if loss is None or loss.ndim:
             raise TrainingError(
                 "the model returned no scalar loss and no plugin owns compute_loss. "
                 f"Received: {type(outputs).__name__} {list(outputs) if hasattr(outputs, 'keys') else ''}. "
                 "Return the mean loss (a 0-dim tensor, or under the key 'loss'), or name a loss plugin"
             )
-        scaled: torch.Tensor
-        scaled = loss if micro.scale == 1.0 else loss * micro.scale
-        return scaled
+        return loss if micro.scale == 1.0 else loss * micro.scale
 
     @hookimpl
     def backward(self, micro: Micro) -> None:
@@ -222,6 +223,8 @@ class Defaults:
 
     def _measure(self, run: Run, step: Step) -> None:
         """Add the step to what the next log averages; everything stays on the device."""
+        if step.loss is None:  # a step without target items has no loss to average
+            return
         run.interval_steps += 1
         run.interval_loss = step.loss if run.interval_loss is None else run.interval_loss + step.loss
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from drivetrain import Micro, Stage, TrainingError, Transform, hookimpl
+from drivetrain import Micro, Stage, Trainer, TrainingError, Transform, hookimpl
 from drivetrain.data import Sequential
 from drivetrain.rng import derive_seed
 from drivetrain.testing import BaseOptimizer, Recorder, StopAt, digest, make_run, make_step
@@ -303,3 +303,57 @@ def test_the_parts_of_a_step_can_be_called_by_themselves():
     run.hooks.zero_grad(step)
     assert not torch.equal(before, run.model.head.weight)
     assert all(p.grad is None for p in run.parameters)
+
+
+def test_a_step_without_target_items_is_left_out_of_the_logged_mean():
+    """The mean over an interval is that of the steps that had a loss; a step of ignored labels is none of them."""
+
+    class Loss(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, labels):
+            return self.weight * 3.0
+
+    logged = []
+
+    class Listener:
+        @hookimpl
+        def log(self, metrics):
+            logged.append(metrics["loss"])
+
+        @hookimpl
+        def build_sampler(self):
+            return self
+
+        def order(self, epoch):
+            return torch.arange(32)
+
+        @hookimpl
+        def build_optimizer(self, groups):
+            return torch.optim.SGD(groups, lr=1e-12)
+
+    labels = torch.cat([torch.zeros(8), torch.full((16,), -100), torch.zeros(8)]).long()
+    Trainer(Loss(), [Listener()], steps=4, log_every=4, device="cpu").fit({"labels": labels})
+    assert logged == [pytest.approx(3.0)]
+
+
+def test_outputs_without_a_loss_are_named():
+    """A model that returns a tuple, as some do, is told what is expected of it."""
+
+    class Pair(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            return (self.weight * x.sum(), x)
+
+    class Optimizer:
+        @hookimpl
+        def build_optimizer(self, groups):
+            return torch.optim.SGD(groups, lr=0.1)
+
+    with pytest.raises(TrainingError, match=r"no scalar loss.*tuple"):
+        Trainer(Pair(), [Optimizer()], steps=1, device="cpu").fit({"x": torch.ones(8, 2)})
