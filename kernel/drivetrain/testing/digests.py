@@ -33,7 +33,7 @@ def encode(tree: Any) -> tuple[str, list[torch.Tensor]]:
         if isinstance(value, dict):
             if odd := [key for key in value if not isinstance(key, str)]:
                 raise TypeError(f"state{at} has keys that are no strings: {odd[:3]}")
-            return {key: walk(item, f"{at}[{key!r}]") for key, item in value.items()}
+            return {key: walk(item, f"{at}[{key!r}]") for key, item in sorted(value.items())}
         if isinstance(value, (list, tuple)):
             return [walk(item, f"{at}[{index}]") for index, item in enumerate(value)]
         if value is None or isinstance(value, (bool, int, float, str)):

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from drivetrain.state import Run
 
 ROWS_OF_A_STEP = 24
+PATIENCE_S = 5.0  # for threads and processes to end
 
 
 class PluginSuite:
@@ -313,8 +314,8 @@ def _at_rest() -> dict[str, Any]:
     }
 
 
-def _until(holds: Callable[[], bool], what: str, seconds: float = 5.0) -> None:
-    deadline = time.monotonic() + seconds
+def _until(holds: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
     while not holds():
         assert time.monotonic() < deadline, what
         time.sleep(0.01)
