@@ -10,7 +10,7 @@ import sys
 import pytest
 
 SCRIPT = '''
-import json, sys
+import json, os, sys
 import torch
 from drivetrain import CheckpointError, Trainer, hookimpl
 from drivetrain_plugins import SGD, Checkpoint
@@ -76,9 +76,11 @@ seen = [fit(2, False)]
 seen.append(fit(4, True, broken_on=0, call="write"))
 seen.append(fit(4, True, broken_on=1, call="read"))
 seen.append(fit(4, True))
-open(f"{out}.{rank}", "w").write(json.dumps(seen))
+with open(f"{out}.{rank}", "w") as file:
+    file.write(json.dumps(seen))
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
+os._exit(0)  # gloo's threads can abort a process that runs its exit handlers
 '''
 
 
