@@ -104,7 +104,7 @@ class Trainer:
             raise
         done = run.progress
         epochs = done.epoch + done.rows_in_epoch / run.rows_per_epoch
-        return Result(done.step, epochs, dict(run.metrics), run.stopped, run.settings.output)
+        return Result(done.step, epochs, dict(run.metrics), run.stopped, self.settings.output)
 
     def evaluate(self, split: str = "evaluate") -> dict[str, float]:
         """Evaluate a split of the run that was last assembled or fitted."""
@@ -144,14 +144,16 @@ class Trainer:
         )
         if plan.problems:
             raise PlanError(plan.problems)
-        run = self.run = Run(self.settings, plan=plan, plugins=dict(self.plugins), facts=dict(plan.facts))
+        output = self.settings.output and self.settings.output.absolute()  # wherever the process goes from here on
+        in_place = attrs.evolve(self.settings, output=output)
+        run = self.run = Run(in_place, plan=plan, plugins=dict(self.plugins), facts=dict(plan.facts))
         run.facts["splits"] = [*run.facts.get("splits", ()), *datasets]
         run.device = _device(self.settings.device)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             run.rank, run.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         _check_ranks(run)
-        if self.settings.output is not None and run.rank == 0:
-            _make_folder(self.settings.output)
+        if output is not None and run.rank == 0:
+            _make_folder(output)
         manager.register(loop.Defaults(run, self.model, datasets), "drivetrain")
         run.hooks = callables(manager, frozen=self.frozen)
         try:
@@ -159,8 +161,8 @@ class Trainer:
         except BaseException as error:
             _annotate(error, run)
             raise
-        if self.settings.output is not None and run.rank == 0:
-            (self.settings.output / "plan.json").write_text(json.dumps(plan.as_dict(), indent=2) + "\n")
+        if output is not None and run.rank == 0:
+            (output / "plan.json").write_text(json.dumps(plan.as_dict(), indent=2) + "\n")
         return run
 
 

@@ -68,6 +68,13 @@ def test_saved_is_told_after_the_commit(tmp_path):
     assert heard == named(2, 4)
 
 
+def test_rotation_in_a_relative_folder(tmp_path, monkeypatch):
+    """A folder given relative to where the run starts is rotated like any other."""
+    monkeypatch.chdir(tmp_path)
+    trainer("relative", checkpoint=Checkpoint(every="2 steps", keep=2), steps=7).fit(ROWS)
+    assert steps(tmp_path / "relative") == named(6, 7)
+
+
 def test_rotation_touches_only_its_own(tmp_path):
     """Files and folders that the plugin did not write, and the checkpoint gone on from, survive every rotation."""
     trainer(tmp_path, steps=2).fit(ROWS)
