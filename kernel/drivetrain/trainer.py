@@ -212,6 +212,8 @@ def _device(name: str) -> torch.device:
 
 
 def _make_folder(output: Path) -> None:
+    if inside := next((p for p in (output, *output.parents) if (p / "manifest.json").is_file()), None):
+        raise ConfigError(f"the run's folder {output} lies inside the checkpoint {inside}. Choose another")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -146,7 +146,8 @@ def drivetrain(steps: int, clock: Clock) -> MLP:
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as output, Path(os.devnull).open("w") as sys.stderr:
         trainer = Trainer(model, [*plugins, InOrder()], output=output, steps=steps, log_every=50)
-        trainer.fit({"x": x, "labels": labels})
+        data = {"x": x, "labels": labels}
+        trainer.fit(data, evaluate=data)
     sys.stderr = sys.__stderr__
     return model
 

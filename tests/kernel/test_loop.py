@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from drivetrain import Micro, Stage, Trainer, TrainingError, Transform, hookimpl
+from drivetrain import ConfigError, Micro, Stage, Trainer, TrainingError, Transform, hookimpl
 from drivetrain.data import Sequential
 from drivetrain.rng import derive_seed
 from drivetrain.testing import BaseOptimizer, Recorder, StopAt, digest, make_run, make_step
@@ -357,3 +357,11 @@ def test_outputs_without_a_loss_are_named():
 
     with pytest.raises(TrainingError, match=r"no scalar loss.*tuple"):
         Trainer(Pair(), [Optimizer()], steps=1, device="cpu").fit({"x": torch.ones(8, 2)})
+
+
+def test_a_run_inside_a_checkpoint_is_refused(tmp_path):
+    """An output folder below a checkpoint would be an unlisted file in it; it is refused before anything is made."""
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(ConfigError, match="lies inside the checkpoint"):
+        Trainer(tiny_module(), [BaseOptimizer()], steps=1, output=tmp_path / "run").fit(tensor_rows(8))
+    assert not (tmp_path / "run").exists()

@@ -9,13 +9,13 @@ import time
 import pytest
 import torch
 
-from drivetrain import PlanError, Stage, Transform, hookimpl
+from drivetrain import PlanError, Stage, Trainer, Transform, hookimpl
 from drivetrain.state import EVALUATE, SAVE, STOP
 from drivetrain.testing import BaseOptimizer, StopAt, digest, make_run, make_step, run_ranks
 from drivetrain.testing.carriers import tiny_module
 from drivetrain.testing.files import tensor_rows
 from drivetrain.testing.probes import Exact, Ragged
-from drivetrain_plugins import Accumulate, Evaluate, Loader
+from drivetrain_plugins import SGD, Accumulate, Evaluate, Loader
 
 distributed = torch.distributed
 
@@ -236,3 +236,25 @@ def test_a_rank_that_hangs_is_killed():
     with pytest.raises((TimeoutError, RuntimeError)):
         run_ranks(hang, timeout_s=3)
     assert time.monotonic() - started < 20
+
+
+def assemble_on_ranks(reduce, rate_of_last):
+    """Return what a run with or without data parallelism, and with one rank's own rate, is told."""
+    rate = rate_of_last if distributed.get_rank() else 0.1
+    plugins = [SGD(lr=rate), *([AllReduce()] if reduce else [])]
+    try:
+        Trainer(tiny_module(), plugins, steps=1, device="cpu").assemble(tensor_rows(16))
+    except PlanError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("reduce", "rate_of_last", "told"),
+    [(False, 0.1, "no plugin provides 'data-parallel'"), (True, 0.2, "the ranks' plans differ"), (True, 0.1, "")],
+)
+def test_ranks_that_would_train_apart_are_refused(reduce, rate_of_last, told):
+    """Every rank refuses a run in which nobody reduces gradients, or whose plugins or options differ between ranks."""
+    for said in run_ranks(assemble_on_ranks, reduce, rate_of_last):
+        assert told in said
+        assert bool(said) == bool(told)

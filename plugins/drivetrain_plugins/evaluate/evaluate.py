@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from drivetrain import Trigger, hookimpl, option, plugin
+from drivetrain import ConfigError, Problem, Trigger, hookimpl, option, plugin
 from drivetrain.loop import evaluate as evaluate_split
 
 if TYPE_CHECKING:
@@ -37,6 +37,13 @@ class Evaluate:
     every: Trigger = option("1 epoch", converter=Trigger.parse, help="when to evaluate")
     at_start: bool = option(False, help="evaluate before the first step")
     at_end: bool = option(True, help="evaluate after the last step")
+
+    @hookimpl
+    def assembled(self, run: Run) -> None:
+        """Refuse a run that has nothing to evaluate."""
+        if not any(split != "train" for split in run.batches):
+            do = "give fit() `evaluate=`, let the data plugin bring the split, or take `evaluate` out"
+            raise ConfigError([Problem("evaluate: there is no evaluation data", f"splits: {list(run.batches)}", do)])
 
     @hookimpl(wrapper=True, trylast=True)  # innermost: whoever writes the log has opened it before the first evaluation
     def fit(self, run: Run) -> Generator[None, Any, Any]:

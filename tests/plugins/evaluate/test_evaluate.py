@@ -246,12 +246,12 @@ def test_named_sets_are_evaluated_each_under_its_name():
 def test_training_data_can_be_evaluated_on_request():
     """`Trainer.evaluate("train")` measures the training rows; an unknown split is refused with those there are."""
     data = columns(16)
-    trainer, _ = fit(net(), [SGD(lr=0.1), Evaluate()], as_rows(data), None, steps=2)
+    trainer, _ = fit(net(), [SGD(lr=0.1), Evaluate()], as_rows(data), columns(8), steps=2)
     trainer.run.model.eval()
     with torch.no_grad():
         expected = trainer.run.model(**data)["loss"].item()
     assert trainer.evaluate("train")["loss"] == pytest.approx(expected, rel=1e-6)
-    with pytest.raises(ConfigError, match=r"no split 'test' to evaluate. Received: \['train'\]"):
+    with pytest.raises(ConfigError, match=r"no split 'test' to evaluate. Received: \['evaluate', 'train'\]"):
         trainer.evaluate("test")
 
 
@@ -274,3 +274,9 @@ def test_a_moment_that_cannot_be_read_is_refused():
     """A cadence in an unknown unit names the nearest one."""
     with pytest.raises(ValueError, match="did you mean 'steps'"):
         Evaluate(every="3 stepz")
+
+
+def test_a_run_without_evaluation_data_is_refused():
+    """Before step 0, an evaluation of nothing is told what is missing and what to do."""
+    with pytest.raises(ConfigError, match="no evaluation data"):
+        fit(net(), [SGD(), Evaluate()], columns(), None, steps=1)
