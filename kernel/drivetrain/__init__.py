@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from drivetrain.lazy import lazy_names
 
 if TYPE_CHECKING:
     from drivetrain.catalogue import Catalogue
@@ -84,11 +85,4 @@ __all__ = [
     "stack",
 ]
 
-
-def __getattr__(name: str) -> object:
-    """Import a public name's module when it is first used, so that `import drivetrain` costs nothing."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'drivetrain' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"drivetrain.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(__name__, _HOME)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from drivetrain.lazy import lazy_names
 
 if TYPE_CHECKING:
     from drivetrain_plugins.checkpoint.checkpoint import Checkpoint
@@ -84,11 +85,4 @@ __all__ = [
     "Tokenize",
 ]
 
-
-def __getattr__(name: str) -> object:
-    """Import the module that defines plugin class `name`."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'drivetrain_plugins' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"drivetrain_plugins.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(__name__, _HOME)

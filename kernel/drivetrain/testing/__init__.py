@@ -15,8 +15,9 @@ distribution, since it is a pytest plugin.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from drivetrain.lazy import lazy_names
 
 if TYPE_CHECKING:
     from drivetrain.testing.carriers import make_micro, make_run, make_step
@@ -39,11 +40,4 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [*_HOME]  # noqa: PLE0604 - checked against _HOMES by the tests
 
-
-def __getattr__(name: str) -> object:
-    """Import what is asked for when it is first used: pytest loads this package in every session."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'drivetrain.testing' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"drivetrain.testing.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(__name__, _HOME)
