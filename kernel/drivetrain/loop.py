@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from drivetrain.hooks import Hooks
 
+log = logging.getLogger("drivetrain")
 NORMS = (
     torch.nn.LayerNorm, torch.nn.RMSNorm, torch.nn.GroupNorm, torch.nn.modules.batchnorm._BatchNorm,  # noqa: SLF001
 )  # fmt: skip
@@ -250,16 +252,24 @@ class Defaults:
         """Do what was asked for, once all ranks agree: evaluate, then save, then stop."""
         votes, reasons = self._hooks.agree(run, run.votes), run.reasons
         run.votes, run.reasons = 0, {}
-        if votes & EVALUATE:
+        if votes & EVALUATE and self._answered(run, "evaluate", reasons.get(EVALUATE)):
             for split in [s for s in run.batches if s != "train"]:
                 evaluate(run, split)
             if run.votes or run.world_size > 1:  # asked for in `evaluated`: it concerns this step's weights
                 votes, reasons = votes | self._hooks.agree(run, run.votes), {**run.reasons, **reasons}
                 run.votes, run.reasons = 0, {}
-        if votes & SAVE:
+        if votes & SAVE and self._answered(run, "save", reasons.get(SAVE)):
             self._hooks.save(run, checkpoint_path(run))
         if votes & STOP:
             run.stopped = reasons.get(STOP, "another rank asked")
+
+    @staticmethod
+    def _answered(run: Run, hook: str, reason: str | None) -> bool:
+        """Tell whether some plugin does what was asked for; if none does, say so, and train on."""
+        if run.plan.hooks[hook].owner is None:
+            log.warning("step %d: asked to %s (%s), but no plugin of this run does", run.progress.step, hook, reason)
+            return False
+        return True
 
     # --- assembly ------------------------------------------------------------------------------------------------
 
@@ -315,6 +325,8 @@ def evaluate(run: Run, split: str) -> dict[str, float]:
     """Evaluate `split`, log the metrics under its name and tell `evaluated`."""
     if split not in run.batches:
         raise ConfigError(f"there is no split {split!r} to evaluate. Received: {sorted(run.batches)}")
+    if run.plan.hooks["evaluate"].owner is None:
+        raise ConfigError("no plugin of this run evaluates: add `evaluate`")
     metrics: dict[str, float] = run.hooks.evaluate(run, split)
     run.log({f"{split}/{name}": value for name, value in metrics.items()})
     run.hooks.evaluated(run, split, metrics)

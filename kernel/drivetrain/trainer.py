@@ -124,6 +124,8 @@ class Trainer:
         return self.run
 
     def _resume(self, run: Run, resume: bool | str | Path) -> None:
+        if run.plan.hooks["load"].owner is None:
+            raise ConfigError("no plugin of this run can resume: add `checkpoint`, or fit without `resume`")
         path = Path(resume) if isinstance(resume, (str, Path)) and resume != "auto" else None
         found = run.hooks.load(run, path)
         if found is not None:

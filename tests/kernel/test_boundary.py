@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pytest
 import torch
 
-from drivetrain import Trainer, hookimpl
+from drivetrain import ConfigError, Trainer, hookimpl
 from drivetrain_plugins import SGD, Checkpoint, Evaluate
 
 if TYPE_CHECKING:
@@ -86,3 +87,21 @@ def test_without_another_request_the_ranks_agree_once():
     ask = AskAt(0)
     fit(ask)
     assert [step for step, _, _ in ask.votes] == [2, 4, 6]
+
+
+def test_what_no_plugin_does_is_told(caplog):
+    """A save asked for in a run without checkpoints, evaluating without an evaluator and resuming say what is missing."""
+
+    class Ask:
+        @hookimpl
+        def step_end(self, step):
+            step.run.request_save("to be safe")
+
+    data = {"x": torch.ones(8, 2), "y": torch.ones(8)}
+    trainer = Trainer(Line(), [SGD(lr=0.1), Ask()], steps=1, device="cpu")
+    assert trainer.fit(data).steps == 1
+    assert "asked to save (to be safe), but no plugin of this run does" in caplog.text
+    with pytest.raises(ConfigError, match="no plugin of this run evaluates"):
+        trainer.evaluate("train")
+    with pytest.raises(ConfigError, match="no plugin of this run can resume"):
+        trainer.fit(data, resume=True)
