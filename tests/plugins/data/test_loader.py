@@ -162,6 +162,8 @@ def no_child_signal():
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
 
 
+# torch tells of a dead child wherever the main thread stands, which may be a destructor.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_worker_that_dies_is_told(no_child_signal):
     """A worker that was killed, as for want of memory, ends the run with drivetrain's error and what to do."""
     with pytest.raises(TrainingError, match=r"loader: the train data's worker processes failed: .*take fewer workers"):

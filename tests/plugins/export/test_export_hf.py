@@ -116,7 +116,7 @@ def test_it_only_observes(bert_folder, tmp_path):
     with_it = Trainer(plugins=[*shared, ExportHF()], output=tmp_path, steps=3)
     without = Trainer(plugins=shared, steps=3)
     for trainer in (with_it, without):
-        trainer.fit(ROWS)
+        trainer.fit(ROWS, evaluate=ROWS)
     assert_same_weights(with_it.run.model, without.run.model)
 
 
