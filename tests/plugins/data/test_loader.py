@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import random
+import re
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,21 +156,33 @@ def test_a_row_that_cannot_be_read_is_named(workers):
         list(batches(Loader(4, workers=workers), Broken()).iterate(0))
 
 
-@pytest.fixture
-def no_child_signal():
-    """Hold back the signal of a child's end: torch's handler raises from it wherever the main thread happens to be."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
-    yield
-    gc.collect()  # the loader forgets its workers
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+KILLED = """
+import os, sys
+sys.path[:0] = sys.argv[1:]
+import test_loader
+try:
+    list(test_loader.batches(test_loader.Loader(4, workers=1), test_loader.Deadly()).iterate(0))
+except test_loader.TrainingError as error:
+    print(error, flush=True)
+    os._exit(0)
+"""
 
 
-# torch tells of a dead child wherever the main thread stands, which may be a destructor.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_worker_that_dies_is_told(no_child_signal):
-    """A worker that was killed, as for want of memory, ends the run with drivetrain's error and what to do."""
-    with pytest.raises(TrainingError, match=r"loader: the train data's worker processes failed: .*take fewer workers"):
-        list(batches(Loader(4, workers=1), Deadly()).iterate(0))
+def test_a_worker_that_dies_is_told():
+    """A worker that was killed, as for want of memory, ends the run with drivetrain's error and what to do.
+
+    In a process of its own: torch's handler of a child's end raises wherever the main thread happens to be.
+    """
+    here = Path(__file__).parent
+    command = [
+        sys.executable,
+        "-c",
+        f"import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD]){KILLED}",
+    ]
+    done = subprocess.run([*command, here, here.parent], capture_output=True, text=True, timeout=100, check=False)
+    assert re.search(
+        r"loader: the train data's worker processes failed: .*take fewer workers", done.stdout, re.DOTALL
+    ), done.stderr
 
 
 def test_a_worker_that_hangs_is_told():
