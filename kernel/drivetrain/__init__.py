@@ -8,7 +8,7 @@ from drivetrain.lazy import lazy_names
 
 if TYPE_CHECKING:
     from drivetrain.catalogue import Catalogue
-    from drivetrain.data import Columns, InProcess, Shuffled, stack
+    from drivetrain.data import Columns, InProcess, Sequential, Shuffled, stack
     from drivetrain.errors import (
         CheckpointError,
         ConfigError,
@@ -25,12 +25,13 @@ if TYPE_CHECKING:
     from drivetrain.plan import Plan
     from drivetrain.recipe import Recipe
     from drivetrain.state import Exporter, Metric, Micro, Run, Settings, Stage, Step, Transform
+    from drivetrain.streams import BadRow, Counted, Iterated, Reader, Stream, Streamed
     from drivetrain.trainer import Result, Trainer
     from drivetrain.triggers import Trigger
 
 _HOMES = {
     "catalogue": ["Catalogue"],
-    "data": ["Columns", "InProcess", "Shuffled", "stack"],
+    "data": ["Columns", "InProcess", "Sequential", "Shuffled", "stack"],
     "errors": [
         "CheckpointError", "ConfigError", "DataError", "DrivetrainError", "MissingDependency",
         "PlanError", "Problem", "RecipeError", "TrainingError",
@@ -40,35 +41,43 @@ _HOMES = {
     "plan": ["Plan"],
     "recipe": ["Recipe"],
     "state": ["Exporter", "Metric", "Micro", "Run", "Settings", "Stage", "Step", "Transform"],
+    "streams": ["BadRow", "Counted", "Iterated", "Reader", "Stream", "Streamed"],
     "trainer": ["Result", "Trainer"],
     "triggers": ["Trigger"],
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __version__ = "0.1.0"
 __all__ = [
+    "BadRow",
     "Catalogue",
     "CheckpointError",
     "Columns",
     "ConfigError",
+    "Counted",
     "DataError",
     "DrivetrainError",
     "Exporter",
     "Hooks",
     "InProcess",
+    "Iterated",
     "Metric",
     "Micro",
     "MissingDependency",
     "Plan",
     "PlanError",
     "Problem",
+    "Reader",
     "Recipe",
     "RecipeError",
     "Result",
     "Run",
+    "Sequential",
     "Settings",
     "Shuffled",
     "Stage",
     "Step",
+    "Stream",
+    "Streamed",
     "Trainer",
     "TrainingError",
     "Transform",

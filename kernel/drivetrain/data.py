@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import random
 from typing import TYPE_CHECKING, Any
@@ -10,9 +12,10 @@ import attrs
 import numpy as np
 import torch
 
-from drivetrain.errors import DataError
+from drivetrain.errors import DataError, DrivetrainError
 from drivetrain.rng import derive_seed
 from drivetrain.state import Micro
+from drivetrain.streams import BadRow
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from drivetrain.state import Order
 
 
+log = logging.getLogger("drivetrain")
 IGNORE_INDEX = -100  # the label that every loss passes over
 
 
@@ -75,34 +79,21 @@ class Fetch:
     seed: int
     split: str
     stream: str | None = None  # set by a collator that draws: it is then called with `generator=`
+    checks: tuple[Callable[[Any], None], ...] = ()  # each raises DataError for a batch that the run cannot use
+    tolerant: bool = False  # bad rows are left out and told in `micro.bad`
 
-    def rows(self, indices: torch.Tensor, epoch: int) -> Sequence[Any]:
-        """Return the rows of `indices`; global generators are seeded for each row, or once where rows come whole.
+    @contextlib.contextmanager
+    def kept_generators(self) -> Iterator[None]:
+        """Put Python's and numpy's global generators back: a model that draws from them sees the same with any workers.
 
-        Python's and numpy's are put back, so that a model which draws from them sees the same with any worker count;
         torch's is seeded at each step anyway.
         """
         held = random.getstate(), np.random.get_state()  # noqa: NPY002
         try:
-            return self._pick(indices, epoch)
+            yield
         finally:
             random.setstate(held[0])
             np.random.set_state(held[1])  # noqa: NPY002
-
-    def _pick(self, indices: torch.Tensor, epoch: int) -> Sequence[Any]:
-        whole = getattr(self.dataset, "__getitems__", None)
-        if whole is not None:
-            self.seed_globals(epoch, int(indices[0]))
-            rows: Sequence[Any] = whole(indices.tolist())
-            return rows
-        picked = []
-        for index in indices.tolist():
-            self.seed_globals(epoch, index)
-            try:
-                picked.append(self.dataset[index])
-            except Exception as error:
-                raise DataError(f"{self.split} row {index}: {type(error).__name__}: {error}") from error
-        return picked
 
     def seed_globals(self, epoch: int, index: int) -> None:
         """Seed what augmentations draw from, by the row and the epoch."""
@@ -111,24 +102,85 @@ class Fetch:
         random.seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002 - for datasets that draw from the legacy generator
 
+    def rows(self, indices: torch.Tensor, epoch: int) -> Sequence[Any]:
+        """Return the rows of `indices`; global generators are seeded for each row, or once where rows come whole.
+
+        A dataset whose rows are plain memory has `take_rows`, and is spared the seeding.
+        """
+        dataset, whole = self.dataset, getattr(self.dataset, "__getitems__", None)
+        if hasattr(dataset, "take_rows"):
+            taken: Sequence[Any] = dataset.take_rows(indices)
+            return taken
+        with self.kept_generators():
+            if whole is not None:
+                self.seed_globals(epoch, int(indices[0]))
+                try:
+                    rows: Sequence[Any] = whole(indices.tolist())
+                except Exception:  # noqa: BLE001 - one of them; which one is found below
+                    log.debug("%s rows %s cannot be fetched together", self.split, indices.tolist())
+                else:
+                    return rows
+            picked: list[Any] = []
+            for index in indices.tolist():
+                self.seed_globals(epoch, index)
+                try:
+                    picked.append(dataset[index])
+                except Exception as error:
+                    reason = f"{self.split} row {index}: {type(error).__name__}: {error}"
+                    if not self.tolerant:
+                        raise DataError(reason) from error
+                    picked.append(BadRow(reason))
+            return picked
+
     def __call__(self, indices: torch.Tensor, epoch: int, position: int) -> Micro:
         """Return the micro-batch of the rows `indices`, which stand at `position` in the epoch's order."""
         if not len(indices):  # this rank has no rows in the epoch's last global batch
             return Micro(None, 0, 0)
         if self.collate is stack and hasattr(self.dataset, "gather"):
             batch = self.dataset.gather(indices)
-        elif self.stream is None:
-            batch = self.collate(self.rows(indices, epoch))
+            for check in self.checks:
+                check(batch)
+            items = self.count(batch)
+            return Micro(batch, len(indices), len(indices) if items is None else items)
+        return self.make(self.rows(indices, epoch), indices.tolist(), epoch, position)
+
+    def make(self, rows: Sequence[Any], numbers: Sequence[int], epoch: int, position: int) -> Micro:
+        """Return the micro-batch of `rows`, whose row numbers are `numbers`."""
+        if not len(rows):
+            return Micro(None, 0, 0)
+        bad: list[str] = []
+        try:
+            batch = self.batch(rows, epoch, position)
+        except Exception as error:
+            if isinstance(error, DrivetrainError) and not isinstance(error, DataError):
+                raise
+            from drivetrain.explain import sift  # noqa: PLC0415 - loaded when something is wrong
+
+            rows, bad = sift(self, rows, numbers, error)
+            if not rows:
+                return Micro(None, len(numbers), 0, bad=bad)
+            batch = self.batch(rows, epoch, position)
+        items = self.count(batch)
+        return Micro(batch, len(numbers), len(rows) if items is None else items, bad=bad)
+
+    def batch(self, rows: Sequence[Any], epoch: int, position: int) -> Any:
+        """Collate `rows`, which stand at `position`, and check the batch."""
+        if self.stream is None:
+            batch = self.collate(rows)
         else:
             draws = torch.Generator().manual_seed(derive_seed(self.seed, self.stream, epoch, position))
-            batch = self.collate(self.rows(indices, epoch), generator=draws)
-        items = self.count(batch)
-        return Micro(batch, len(indices), len(indices) if items is None else items)
+            batch = self.collate(rows, generator=draws)
+        for check in self.checks:
+            check(batch)
+        return batch
 
 
 @attrs.define(eq=False)
 class InProcess:
-    """Batches made in the loop's own process; rank `rank` takes its slice of each global batch."""
+    """Batches made in the loop's own process; rank `rank` takes its slice of each global batch.
+
+    A sampler with `bounds(epoch)` cuts the micro-batches itself: every `world_size` of them are a global batch.
+    """
 
     fetch: Fetch
     sampler: Order
@@ -140,19 +192,30 @@ class InProcess:
     @property
     def rows_per_epoch(self) -> int:
         """Rows that an epoch consumes over all ranks."""
-        rows, whole = len(self.fetch.dataset), self.batch_size * self.world_size
-        return rows - rows % whole if self.drop_last else rows
+        rows, whole = getattr(self.sampler, "rows", None) or len(self.fetch.dataset), self.batch_size * self.world_size
+        return rows - rows % whole if self.drop_last and not hasattr(self.sampler, "bounds") else rows
 
     def __len__(self) -> int:
         """Return the number of micro-batches in an epoch."""
+        if hasattr(self.sampler, "bounds"):
+            return math.ceil((len(self.sampler.bounds(0)) - 1) / self.world_size)
         return math.ceil(self.rows_per_epoch / (self.batch_size * self.world_size))
 
     def positions(self, epoch: int, start: int) -> Iterator[tuple[torch.Tensor, int, int]]:
         """Yield (row numbers, epoch, position) of this rank's micro-batches."""
-        order, size = self.sampler.order(epoch), self.batch_size
-        for position in range(start, self.rows_per_epoch, size * self.world_size):
+        order, size, end = self.sampler.order(epoch), self.batch_size, self.rows_per_epoch
+        if hasattr(self.sampler, "bounds"):
+            cuts = self.sampler.bounds(epoch)
+            ahead = torch.cat([torch.tensor([start]), cuts[int(torch.searchsorted(cuts, start, right=True)) :]])
+            for mine in range(
+                self.rank, math.ceil((len(ahead) - 1) / self.world_size) * self.world_size, self.world_size
+            ):
+                first, last = (int(ahead[min(edge, len(ahead) - 1)]) for edge in (mine, mine + 1))
+                yield order[first:last], epoch, first
+            return
+        for position in range(start, end, size * self.world_size):
             mine = position + self.rank * size
-            yield order[mine : min(mine + size, self.rows_per_epoch)], epoch, mine
+            yield order[mine : min(mine + size, end)], epoch, mine
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Micro]:
         """Yield the micro-batches of `epoch` from row `start` on."""

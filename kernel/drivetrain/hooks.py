@@ -2,7 +2,8 @@
 
 The loop, with its hooks in place (O operation, E event, C collect; see `kinds` below):
 
-    assemble:  build_model, transforms (by stage), build_dataset, build_collator, build_sampler, build_batches,
+    assemble:  build_model, build_dataset, build_collator, build_count, batch_checks, build_sampler, build_batches,
+               transforms (by stage),
                parameter_groups, build_optimizer, build_schedule, assembled          [load, loaded on resume]
     fit:                                                  # wrap this one for a whole run's resources
         while not run.finished:
@@ -120,8 +121,17 @@ class Hooks:
     def build_dataset(self, run: Run, split: str) -> Any:
         """Return the dataset of `split` ("train", "evaluate" or "evaluate/NAME"), or None if there is none.
 
-        A dataset has `__len__` and `__getitem__`, better `__getitems__`. Default: what `fit` was given. Wrap it to
-        map rows: `rows = yield; return None if rows is None else Tokenized(rows)`.
+        A dataset has `__len__` and `__getitem__`, better `__getitems__`, or is a stream: `open(epoch, position)` (see
+        `streams.py`), or any iterable. Default: what `fit` was given. Wrap it to map rows:
+        `rows = yield; return None if rows is None else Tokenized(rows)`.
+        """
+
+    @operation()
+    def bad_row(self, run: Run, reason: str) -> Any:
+        """Say what becomes of a row that cannot be used; `reason` names source, row and field. Default: DataError.
+
+        Where a plugin owns it and returns, the row is left out. Fired at assembly by what reads rows, and in the
+        loop when the step takes the batch that lacks the row.
         """
 
     @operation()
@@ -133,14 +143,32 @@ class Hooks:
         """
 
     @operation()
+    def build_count(self, run: Run, split: str) -> Any:
+        """Return a picklable callable from a batch to the number of its target items, or None to count rows.
+
+        The loss plugin owns it: the mean loss of a micro-batch is weighed by this number. Default: labels that are
+        not -100, without the first of each row where the model's own loss shifts them.
+        """
+
+    @collect
+    def batch_checks(self, run: Run, split: str) -> Any:
+        """Return a list of picklable callables that raise DataError for a batch the run cannot use.
+
+        They see every collated batch before it leaves the loader; the row to blame is found and named.
+        """
+
+    @operation()
     def build_sampler(self, run: Run, split: str) -> Any:
-        """Return an `Order`: `order(epoch)` gives row numbers (N,). Default: shuffled for "train", else as it comes."""
+        """Return an `Order`: `order(epoch)` gives row numbers, and `bounds(epoch)`, if it has it, where batches end.
+
+        Default: shuffled for "train", else as they come. Not called for a stream, which has its own order.
+        """
 
     @operation()
     def build_batches(self, run: Run, split: str, fetch: Any, sampler: Any) -> Any:
         """Return `Batches` for `split`: calls `fetch(indices, epoch, position)` in the order of `sampler`.
 
-        Default: batches of 8 made in the loop's process.
+        Default: batches of 8 made in the loop's process. `sampler` is None for a stream (`Streamed` makes its batches).
         """
 
     @operation()

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from drivetrain.data import InProcess, Sequential, Shuffled, stack
-from drivetrain.errors import ConfigError, TrainingError
+from drivetrain.data import InProcess, Sequential, Shuffled, count_labels, count_shifted_labels, stack
+from drivetrain.errors import ConfigError, DataError, TrainingError
 from drivetrain.hooks import hookimpl
 from drivetrain.rng import derive_seed, global_seeder
 from drivetrain.state import EVALUATE, SAVE, STOP, Micro, Run, Step
+from drivetrain.streams import Streamed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,7 +72,7 @@ class Defaults:
         train_step, plan_step, step_end = hooks.train_step, hooks.plan_step, hooks.step_end
         seed, rank, lonely = run.settings.seed, run.rank, run.world_size == 1
         log_due, log_interval = self._run.settings.log_every, self._log_interval
-        run.stream = run.batches["train"].iterate(progress.epoch, progress.rows_in_epoch)
+        run.stream = run.micros("train", progress.epoch, progress.rows_in_epoch, progress.position)
         while not run.finished:
             step = plan_step(run)
             if step is None:
@@ -238,7 +239,7 @@ class Defaults:
         metrics: dict[str, Any] = {
             "loss": loss / run.interval_steps if loss is not None else math.nan,
             "learning_rate": step.learning_rate,
-            "epoch": run.progress.epoch + run.progress.rows_in_epoch / run.rows_per_epoch,
+            "epoch": run.epochs,
             **run.extras,
         }
         if step.grad_norm is not None:
@@ -295,8 +296,20 @@ class Defaults:
         return Shuffled(rows, run.settings.seed) if split == "train" else Sequential(rows)
 
     @hookimpl
+    def build_count(self, run: Run, split: str) -> Any:  # noqa: ARG002
+        """Count labels that are not -100; shifted, where the model's loss shifts them."""
+        return count_shifted_labels if run.shifted_labels else count_labels
+
+    @hookimpl
+    def bad_row(self, run: Run, reason: str) -> None:  # noqa: ARG002
+        """Refuse it."""
+        raise DataError(reason)
+
+    @hookimpl
     def build_batches(self, run: Run, split: str, fetch: Any, sampler: Any) -> Any:  # noqa: ARG002
         """Make batches of 8 in this process."""
+        if sampler is None:
+            return Streamed(fetch, 8, rank=run.rank, world_size=run.world_size)
         return InProcess(fetch, sampler, 8, rank=run.rank, world_size=run.world_size)
 
     @hookimpl

@@ -73,6 +73,8 @@ def plugin(
     requires: Sequence[str] = (),
     conflicts: Sequence[str] = (),
     example: Mapping[str, object] | None = None,
+    companions: Mapping[str, Mapping[str, object]] | None = None,
+    rows: str | None = None,
 ) -> Callable[[type[T]], type[T]]:
     """Make a class a plugin: attrs fields are its options, equality is identity (pluggy needs it hashable).
 
@@ -84,6 +86,9 @@ def plugin(
         requires: words some plugin of the run must provide.
         conflicts: words (or plugin names) that must not be in the same run.
         example: small settings with which the kit can run it; "{kit}" stands for the kit's folder of fixtures.
+        companions: first-party plugins that the kit's runs of it need, by name, with their settings, for instance
+            `{"hf-model": {"path": "{kit}/model", "task": "masked-lm"}}`.
+        rows: the kind of the kit's rows that it takes (see `drivetrain.testing.files.KINDS`); whatever fits if None.
     """
     if role not in ROLES:
         raise ValueError(f"unknown role {role!r}: {nearest(role, ROLES)}")
@@ -91,6 +96,7 @@ def plugin(
     def decorate(cls: type[T]) -> type[T]:
         made: Any = attrs.define(cls, eq=False, slots=False)
         made.role, made.effect, made.example = role, effect, dict(example or {})
+        made.companions, made.rows = dict(companions or {}), rows
         for word, value in (("provides", provides), ("requires", requires), ("conflicts", conflicts)):
             if not isinstance(getattr(made, word, None), property):
                 setattr(made, word, tuple(value))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from drivetrain.catalogue import Catalogue
-    from drivetrain.state import Run, Settings
+    from drivetrain.state import Settings
 
 # Operations without a default: who can own them is looked up by these words for the message.
 NEEDED = {"build_optimizer": "an optimizer", "build_model": "a model"}
@@ -51,38 +51,9 @@ class Plan:
 
     def __str__(self) -> str:
         """Draw the loop with every plugin in its place."""
-        lines = ["plugins, in order (the first is called first and wraps outermost):"]
-        for name, about in self.plugins.items():
-            changed = ", ".join(f"{k}={v!r}" for k, v in about["changed"].items())
-            lines.append(f"  {name:<18} {about['role']:<10} {about['summary']}".rstrip())
-            lines += [f"{'':32}{changed}"] if changed else []
-        lines.append("run: " + ", ".join(f"{k}={v}" for k, v in self.settings.items() if v is not None))
-        inside = {name for names in DEFAULT_CALLS.values() for name in names}
-        lines.append("assembly:")
-        lines += [self._line(n, 1) for n, a in self.hooks.items() if n not in inside and n != "fit" and _acts(a)]
-        lines.append("the loop (a hook nobody acts on is left out; 'drivetrain' is the kernel's default):")
-        lines += self._tree("fit", 1)
-        if self.problems:
-            lines += ["", f"{len(self.problems)} problem(s):", *(f"- {p}" for p in self.problems)]
-        return "\n".join(lines)
+        from drivetrain.explain import draw  # noqa: PLC0415 - a run does not draw its plan
 
-    def _tree(self, name: str, depth: int) -> list[str]:
-        acting = self.hooks[name]
-        calls = DEFAULT_CALLS.get(name, ()) if acting.owner == "drivetrain" else ()
-        if acting.kind == "operation" or _acts(acting):
-            return [self._line(name, depth), *(line for call in calls for line in self._tree(call, depth + 1))]
-        return []
-
-    def _line(self, name: str, depth: int) -> str:
-        acting = self.hooks[name]
-        who = acting.owner or ", ".join(acting.listeners) or "nobody"
-        wraps = f"   wrapped by {', '.join(acting.wrappers)}" if acting.wrappers else ""
-        return f"{'  ' * depth + name:<28} {who}{wraps}"
-
-
-def _acts(acting: Acting) -> bool:
-    own = acting.owner not in (None, "drivetrain")
-    return bool(own or acting.wrappers or acting.listeners)
+        return draw(self)
 
 
 def kebab(name: str) -> str:
@@ -340,16 +311,3 @@ def _missing(
 
 def _offering(catalogue: Catalogue, folder: str) -> list[str]:
     return [name for name in catalogue.names if folder in catalogue.entry(name).value]
-
-
-def plugin_frames(error: BaseException, run: Run) -> list[str]:
-    """Say in which plugin and hook `error` was raised, from its traceback; costs nothing until something fails."""
-    names = {id(plugin): name for name, plugin in run.plugins.items()}
-    notes, traceback = [], error.__traceback__
-    while traceback is not None:
-        frame = traceback.tb_frame
-        owner = names.get(id(frame.f_locals.get("self")))
-        if owner is not None:
-            notes.append(f"in plugin {owner!r}, hook {frame.f_code.co_name!r}, step {run.progress.step}")
-        traceback = traceback.tb_next
-    return notes[-1:] or [f"in step {run.progress.step}"]

@@ -18,7 +18,7 @@ from drivetrain.rng import derive_seed, generator
 from drivetrain.triggers import Trigger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from drivetrain.hooks import Hooks
     from drivetrain.plan import Plan
@@ -84,8 +84,13 @@ class Exporter:
 class Order(Protocol):
     """A sampler: the order of a split, a function of the epoch (and the run's seed and data) only."""
 
+    rows: int
+
     def order(self, epoch: int) -> torch.Tensor:
-        """Return row numbers, int64 (N,)."""
+        """Return row numbers, int64 (rows,).
+
+        A method `bounds(epoch)` besides cuts the micro-batches: int64 (M + 1,), from 0 to `rows`; M never changes.
+        """
 
 
 class Batches(Protocol):
@@ -96,8 +101,8 @@ class Batches(Protocol):
     def __len__(self) -> int:
         """Return the number of micro-batches in one epoch."""
 
-    def iterate(self, epoch: int, start: int = 0) -> Iterator[Micro]:
-        """Yield the micro-batches of `epoch` from row number `start` of its order on."""
+    def iterate(self, epoch: int, start: int = 0, position: Any = None) -> Iterator[Micro]:
+        """Yield the micro-batches of `epoch` from row number `start` of its order on; of a stream, from `position`."""
 
 
 @attrs.define(eq=True)
@@ -114,6 +119,7 @@ class Progress:
     rows_in_epoch: int = 0
     rows: int = 0
     items: int = 0
+    position: Any = None  # in a stream: what it gave as its position, JSON values
 
 
 @attrs.define(eq=False, repr=False)
@@ -129,6 +135,9 @@ class Micro:
     outputs: Any = None
     loss: Any = None  # 0-dim tensor, already scaled
     is_last: bool = True
+    bad: Sequence[str] = ()  # rows that were left out, each with its reason
+    position: Any = None  # of a stream, after this micro-batch
+    ends: bool = False  # a stream's epoch is over after it
 
 
 @attrs.define(eq=False, repr=False)
@@ -203,8 +212,8 @@ class Run:
         return generator(self.settings.seed, name, *key)
 
     @property
-    def rows_per_epoch(self) -> int:
-        """Rows one training epoch consumes over all ranks (dropped ones not counted)."""
+    def rows_per_epoch(self) -> int | None:
+        """Rows one training epoch consumes over all ranks (dropped ones not counted); None for a stream."""
         return self.batches["train"].rows_per_epoch
 
     @property
@@ -239,9 +248,30 @@ class Run:
         progress.rows += step.num_rows
         progress.rows_in_epoch += step.num_rows
         progress.items += step.num_items
-        if progress.rows_in_epoch >= self.batches["train"].rows_per_epoch:
+        total = self.batches["train"].rows_per_epoch
+        if total is None:
+            progress.position = step.micros[-1].position
+        if step.micros[-1].ends if total is None else progress.rows_in_epoch >= total:
             progress.epoch += 1
-            progress.rows_in_epoch = 0
+            progress.rows_in_epoch, progress.position = 0, None
+
+    def micros(self, split: str, epoch: int = 0, start: int = 0, position: Any = None) -> Iterator[Micro]:
+        """Yield the micro-batches of `split` from row `start` on; bad rows that were left out are told."""
+        batches = self.batches[split]
+        stream = batches.iterate(epoch, start) if position is None else batches.iterate(epoch, start, position)
+        return self._heard(stream) if self.plan.hooks["bad_row"].owner != "drivetrain" else stream
+
+    def _heard(self, stream: Iterator[Micro]) -> Iterator[Micro]:
+        for micro in stream:
+            for reason in micro.bad:
+                self.hooks.bad_row(self, reason)
+            yield micro
+
+    @property
+    def epochs(self) -> float:
+        """Epochs done; whole ones only where the data is a stream."""
+        rows = self.rows_per_epoch
+        return self.progress.epoch + (self.progress.rows_in_epoch / rows if rows else 0)
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Make `metrics` plain numbers (the only host sync of a log interval) and tell every listener of `log`."""

@@ -13,12 +13,13 @@ import torch
 
 from drivetrain import loop
 from drivetrain.catalogue import Catalogue
-from drivetrain.data import Columns, Fetch, count_labels, count_shifted_labels
+from drivetrain.data import Columns, Fetch
 from drivetrain.dispatch import callables
 from drivetrain.errors import CheckpointError, ConfigError, PlanError, Problem
-from drivetrain.plan import Plan, compose, name_plugins, plugin_frames
+from drivetrain.plan import Plan, compose, name_plugins
 from drivetrain.rng import global_seeder
 from drivetrain.state import Run, Settings
+from drivetrain.streams import Iterated
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,7 +84,8 @@ class Trainer:
         """Train to the end.
 
         Args:
-            train: a map-style dataset, a list of rows, or a dict of tensors; not needed if a plugin brings the data.
+            train: a map-style or iterable dataset, a list of rows, or a dict of tensors; not needed if a plugin
+                brings the data. An iterable needs `steps`, as nobody knows its length.
             evaluate: the same, or a dict of named sets.
             resume: True goes on from the newest valid checkpoint, "auto" does so if there is one, a path names one.
             settings: override those given to `Trainer`, e.g. `epochs=3`.
@@ -102,9 +104,7 @@ class Trainer:
         except BaseException as error:
             _annotate(error, run)
             raise
-        done = run.progress
-        epochs = done.epoch + done.rows_in_epoch / run.rows_per_epoch
-        return Result(done.step, epochs, dict(run.metrics), run.stopped, self.settings.output)
+        return Result(run.progress.step, run.epochs, dict(run.metrics), run.stopped, self.settings.output)
 
     def evaluate(self, split: str = "evaluate") -> dict[str, float]:
         """Evaluate a split of the run that was last assembled or fitted."""
@@ -184,6 +184,8 @@ def _check_ranks(run: Run) -> None:
 
 
 def _annotate(error: BaseException, run: Run) -> None:
+    from drivetrain.explain import plugin_frames  # noqa: PLC0415 - loaded when something fails
+
     for note in plugin_frames(error, run):
         error.add_note(note)
 
@@ -197,9 +199,13 @@ def _named_sets(evaluate: Any) -> dict[str, Any]:
 def _as_dataset(data: Any) -> Any:
     if isinstance(data, dict):
         return Columns(data)
-    if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
-        raise ConfigError(f"data must be map-style (have __len__ and __getitem__). Received: {type(data).__name__}")
-    return data
+    mapped = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    if hasattr(data, "open") or (mapped and not isinstance(data, torch.utils.data.IterableDataset)):
+        return data
+    if not hasattr(data, "__iter__") or iter(data) is data:
+        what = "data must be map-style (have __len__ and __getitem__), or an iterable that can be started again"
+        raise ConfigError(f"{what}. Received: {type(data).__name__}")
+    return Iterated(data)
 
 
 def _device(name: str) -> torch.device:
@@ -243,22 +249,36 @@ def _build(run: Run) -> None:
     run.parameters = tuple(p for p in run.model.parameters() if id(p) in updated)  # in the model's order
     for group in run.optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
-    settings, accumulation = run.settings, run.facts.get("accumulation", 1)
-    per_epoch = math.ceil(len(run.batches["train"]) / accumulation)
-    run.total_steps = settings.steps or math.ceil((settings.epochs or 0) * per_epoch)
+    run.total_steps = run.settings.steps or _steps_of_epochs(run)
     run.schedule = hooks.build_schedule(run)
     hooks.assembled(run)
 
 
+def _steps_of_epochs(run: Run) -> int:
+    if run.rows_per_epoch is None:
+        raise ConfigError("the training data is a stream, and nobody knows its length: give steps instead of epochs")
+    per_epoch: int = math.ceil(len(run.batches["train"]) / run.facts.get("accumulation", 1))
+    whole: int = math.ceil((run.settings.epochs or 0) * per_epoch)
+    return whole
+
+
 def _build_split(run: Run, split: str, dataset: Any) -> None:
-    if len(dataset) == 0:
+    hooks, streamed = run.hooks, hasattr(dataset, "open")
+    if not streamed and len(dataset) == 0:
         raise ConfigError(f"the {split} data has no rows")
     run.datasets[split] = dataset
-    collate = run.hooks.build_collator(run, split)
-    count = count_shifted_labels if run.shifted_labels else count_labels
-    stream = getattr(collate, "stream", None)
-    fetch = Fetch(dataset, collate, count, run.settings.seed, split, stream)
-    batches = run.hooks.build_batches(run, split, fetch, run.hooks.build_sampler(run, split))
-    if len(batches) == 0:
+    collate = hooks.build_collator(run, split)
+    fetch = Fetch(
+        dataset,
+        collate,
+        hooks.build_count(run, split),
+        run.settings.seed,
+        split,
+        stream=getattr(collate, "stream", None),
+        checks=tuple(check for checks in hooks.batch_checks(run, split) for check in checks),
+        tolerant=run.plan.hooks["bad_row"].owner != "drivetrain",
+    )
+    batches = hooks.build_batches(run, split, fetch, None if streamed else hooks.build_sampler(run, split))
+    if not streamed and len(batches) == 0:
         raise ConfigError(f"the {split} data has {len(dataset)} rows, fewer than one batch, and drop_last is set")
     run.batches[split] = batches

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from drivetrain.errors import nearest
+from drivetrain.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from drivetrain.state import Run
@@ -67,11 +67,15 @@ class Trigger:
             return int(progress.items // self.count)
         if self.unit == "epochs":
             rows = run.rows_per_epoch
+            if rows is None:  # a stream
+                return int(progress.epoch // self.count)
             return (progress.epoch * rows + progress.rows_in_epoch) // math.ceil(self.count * rows)
         return 0
 
     def start(self, run: Run) -> Trigger:
         """Count from where `run` stands; call it when a run starts or has resumed."""
+        if self.unit == "epochs" and run.rows_per_epoch is None and self.count != int(self.count):
+            raise ConfigError(f"{str(self)!r}: the data is a stream, of which nobody knows where a part of it ends")
         self._seen, self._since = self._passed(run), time.monotonic()
         return self
 

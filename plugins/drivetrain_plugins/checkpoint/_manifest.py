@@ -113,7 +113,8 @@ def parse(raw: bytes | bytearray) -> dict[str, Any]:
 
 def _check_counters(content: dict[str, Any]) -> None:
     position, step = content["position"], content["step"]
-    wrong = {k: v for k, v in position.items() if type(v) is not int or v < 0}
+    counters = {k: v for k, v in position.items() if k != "position"}  # that one is a stream's own
+    wrong = {k: v for k, v in counters.items() if type(v) is not int or v < 0}
     if wrong or content["world_size"] < 1:
         raise ValueError(f"expected counters that are not negative, found {wrong or content['world_size']}")
     if position.get("step") != step or position.get("applied", 0) > step:

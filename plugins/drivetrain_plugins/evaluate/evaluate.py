@@ -88,7 +88,7 @@ class Evaluate:
         """Return [sum of item losses, items] in float64."""
         hooks = run.hooks
         totals = torch.zeros(2, dtype=torch.float64, device=run.device)
-        for micro in run.batches[split].iterate(0):
+        for micro in run.micros(split):
             if micro.num_items == 0:
                 continue
             micro.run = run

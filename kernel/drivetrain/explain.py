@@ -1,0 +1,93 @@
+"""A plan drawn as text, an error traced to its plugin or its row: what is loaded when somebody reads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from drivetrain.errors import DataError
+from drivetrain.hooks import DEFAULT_CALLS
+from drivetrain.streams import BadRow
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from drivetrain.data import Fetch
+    from drivetrain.plan import Acting, Plan
+    from drivetrain.state import Run
+
+
+def draw(plan: Plan) -> str:
+    """Return the plugins, who acts in assembly and in the loop, and the problems, a line each."""
+    lines = ["plugins, in order (the first is called first and wraps outermost):"]
+    for name, about in plan.plugins.items():
+        changed = ", ".join(f"{k}={v!r}" for k, v in about["changed"].items())
+        lines.append(f"  {name:<18} {about['role']:<10} {about['summary']}".rstrip())
+        lines += [f"{'':32}{changed}"] if changed else []
+    lines.append("run: " + ", ".join(f"{k}={v}" for k, v in plan.settings.items() if v is not None))
+    inside = {name for names in DEFAULT_CALLS.values() for name in names}
+    lines.append("assembly:")
+    lines += [_line(plan, n, 1) for n, a in plan.hooks.items() if n not in inside and n != "fit" and _acts(a)]
+    lines.append("the loop (a hook nobody acts on is left out; 'drivetrain' is the kernel's default):")
+    lines += _tree(plan, "fit", 1)
+    if plan.problems:
+        lines += ["", f"{len(plan.problems)} problem(s):", *(f"- {p}" for p in plan.problems)]
+    return "\n".join(lines)
+
+
+def _tree(plan: Plan, name: str, depth: int) -> list[str]:
+    acting = plan.hooks[name]
+    calls = DEFAULT_CALLS.get(name, ()) if acting.owner == "drivetrain" else ()
+    if acting.kind == "operation" or _acts(acting):
+        return [_line(plan, name, depth), *(line for call in calls for line in _tree(plan, call, depth + 1))]
+    return []
+
+
+def _line(plan: Plan, name: str, depth: int) -> str:
+    acting = plan.hooks[name]
+    who = acting.owner or ", ".join(acting.listeners) or "nobody"
+    wraps = f"   wrapped by {', '.join(acting.wrappers)}" if acting.wrappers else ""
+    return f"{'  ' * depth + name:<28} {who}{wraps}"
+
+
+def _acts(acting: Acting) -> bool:
+    own = acting.owner not in (None, "drivetrain")
+    return bool(own or acting.wrappers or acting.listeners)
+
+
+def plugin_frames(error: BaseException, run: Run) -> list[str]:
+    """Say in which plugin and hook `error` was raised, from its traceback; costs nothing until something fails."""
+    names = {id(plugin): name for name, plugin in run.plugins.items()}
+    notes, traceback = [], error.__traceback__
+    while traceback is not None:
+        frame = traceback.tb_frame
+        owner = names.get(id(frame.f_locals.get("self")))
+        if owner is not None:
+            notes.append(f"in plugin {owner!r}, hook {frame.f_code.co_name!r}, step {run.progress.step}")
+        traceback = traceback.tb_next
+    return notes[-1:] or [f"in step {run.progress.step}"]
+
+
+def sift(fetch: Fetch, rows: Sequence[Any], numbers: Sequence[int], error: Exception) -> tuple[list[Any], list[str]]:
+    """Find the rows that make no batch even alone; return the others and what is wrong with these.
+
+    Raises:
+        DataError: a row is bad and `fetch` does not tolerate it, or each is sound but together they make no batch.
+    """
+    sound: list[Any] = []
+    bad: list[str] = []
+    for row, number in zip(rows, numbers, strict=True):
+        try:
+            if isinstance(row, BadRow):
+                raise DataError(row.reason)  # noqa: TRY301 - a row that was found bad before is one like others
+            fetch.batch([row], 0, 0)
+        except Exception as alone:
+            told = str(alone) if isinstance(alone, DataError) else f"{type(alone).__name__}: {alone}"
+            bad.append(told if isinstance(row, BadRow) else f"{fetch.split} row {number}: {told}")
+            if not fetch.tolerant:
+                raise DataError(bad[0]) from alone
+        else:
+            sound.append(row)
+    if not bad:
+        told = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+        raise DataError(f"{fetch.split} rows {list(numbers)[:16]} make no batch: {told}") from error
+    return sound, bad

@@ -1,0 +1,1 @@
+"""What plugins of several roles share, and other packages may use: columns of rows, streams of blocks."""
