@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 ROLES = (
-    "data", "collate", "loss", "optim", "schedule", "precision", "memory", "parallel",
+    "data", "order", "collate", "loss", "optim", "schedule", "precision", "memory", "parallel",
     "checkpoint", "evaluate", "report", "export", "model", "control",
 )  # fmt: skip
 

@@ -1,0 +1,1 @@
+"""What is minimised, and by how many items it is divided."""
