@@ -57,7 +57,7 @@ def _is_list(value: Any) -> bool:
 def padded(
     lists: Ragged, fill: float, *, multiple: int = 1, side: str = "right", length: int | None = None
 ) -> torch.Tensor:
-    """Return the lists as a tensor (B, L) of their type: L is the longest one's, or `length`, rounded up to `multiple`."""
+    """Return the lists as a tensor (B, L) of their type; L is that of the longest, or `length`, up to `multiple`."""
     lengths = lists.lengths
     longest = int(lengths.max(initial=0)) if length is None else length
     width = -(-longest // multiple) * multiple
