@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 
 from drivetrain.testing.carriers import tiny_module
-from drivetrain.testing.files import TRAIN_ROWS, TinyModule, ensure, tensor_rows, text_rows, token_rows
+from drivetrain.testing.files import TRAIN_ROWS, TinyModule, ensure
+from drivetrain.testing.kinds import tensor_rows, text_rows, token_rows
 
 STEPS = 6
 

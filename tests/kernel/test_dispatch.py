@@ -10,7 +10,7 @@ from drivetrain import Catalogue, Trainer, event, hookimpl, operation
 from drivetrain.dispatch import Manager, callables, freeze
 from drivetrain.testing import BaseOptimizer, Recorder, digest, example, make_run
 from drivetrain.testing.carriers import tiny_module
-from drivetrain.testing.files import tensor_rows
+from drivetrain.testing.kinds import tensor_rows
 from drivetrain_plugins import BF16, SGD, Accumulate, Accuracy, Checkpoint, Clip, Evaluate, JsonlLog, Linear, Loader
 
 
@@ -323,5 +323,5 @@ def test_the_catalogue_of_the_kit_refuses_discovery(empty_catalogue):
 
 def test_example_settings_name_the_kit(kit_dir):
     """The example of a plugin becomes an instance whose files exist."""
-    assert kit_dir.joinpath("train.jsonl").is_file()
-    assert example("jsonl", kit_dir).train == str(kit_dir / "train.jsonl")
+    assert kit_dir.joinpath("text-train.jsonl").is_file()
+    assert example("jsonl", kit_dir).train == str(kit_dir / "text-train.jsonl")

@@ -11,7 +11,7 @@ from drivetrain.hooks import DEFAULT_CALLS
 from drivetrain.loop import Defaults
 from drivetrain.testing import BaseOptimizer, Recorder, digest, make_micro, make_run, make_step, saboteur
 from drivetrain.testing.carriers import tiny_module
-from drivetrain.testing.files import tensor_rows
+from drivetrain.testing.kinds import tensor_rows
 from drivetrain.testing.probes import Sabotage, Watch
 from drivetrain_plugins import SGD, Accumulate, Accuracy, Checkpoint, Clip, Evaluate
 

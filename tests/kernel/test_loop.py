@@ -14,7 +14,7 @@ from drivetrain.data import Sequential
 from drivetrain.rng import derive_seed
 from drivetrain.testing import BaseOptimizer, Recorder, StopAt, digest, make_run, make_step
 from drivetrain.testing.carriers import tiny_module
-from drivetrain.testing.files import tensor_rows
+from drivetrain.testing.kinds import tensor_rows
 from drivetrain.testing.probes import Ragged
 from drivetrain_plugins import Accumulate, Linear, Loader
 

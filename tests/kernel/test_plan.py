@@ -10,7 +10,7 @@ import pytest
 from drivetrain import PlanError, Trainer, hookimpl, plugin
 from drivetrain.testing import BaseOptimizer
 from drivetrain.testing.carriers import tiny_module
-from drivetrain.testing.files import tensor_rows
+from drivetrain.testing.kinds import tensor_rows
 from drivetrain_plugins import BF16, SGD, Accumulate, Accuracy, AdamW, Clip, Evaluate, Linear
 
 

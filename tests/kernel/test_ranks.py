@@ -13,7 +13,7 @@ from drivetrain import PlanError, Stage, Trainer, Transform, hookimpl
 from drivetrain.state import EVALUATE, SAVE, STOP
 from drivetrain.testing import BaseOptimizer, StopAt, digest, make_run, make_step, run_ranks
 from drivetrain.testing.carriers import tiny_module
-from drivetrain.testing.files import tensor_rows
+from drivetrain.testing.kinds import tensor_rows
 from drivetrain.testing.probes import Exact, Ragged
 from drivetrain_plugins import SGD, Accumulate, Evaluate, Loader
 

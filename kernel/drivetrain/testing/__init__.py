@@ -21,18 +21,20 @@ from drivetrain.lazy import lazy_names
 
 if TYPE_CHECKING:
     from drivetrain.testing.carriers import make_micro, make_run, make_step
-    from drivetrain.testing.compose import Composition, complete, compose_pair, example, first_party, refusal
+    from drivetrain.testing.compose import Composition, complete, compose_pair, example, examples, first_party, refusal
     from drivetrain.testing.digests import decode, digest, encode
-    from drivetrain.testing.files import TinyModule, text_rows, write_kit
+    from drivetrain.testing.files import TinyModule, write_kit
+    from drivetrain.testing.kinds import kit_rows, text_rows
     from drivetrain.testing.probes import BaseOptimizer, CallCounter, Recorder, StopAt, saboteur
     from drivetrain.testing.ranks import run_ranks
     from drivetrain.testing.suite import PluginSuite
 
 _HOMES = {
     "carriers": ["make_micro", "make_run", "make_step"],
-    "compose": ["Composition", "complete", "compose_pair", "example", "first_party", "refusal"],
+    "compose": ["Composition", "complete", "compose_pair", "example", "examples", "first_party", "refusal"],
     "digests": ["decode", "digest", "encode"],
-    "files": ["TinyModule", "text_rows", "write_kit"],
+    "files": ["TinyModule", "write_kit"],
+    "kinds": ["kit_rows", "text_rows"],
     "probes": ["BaseOptimizer", "CallCounter", "Recorder", "StopAt", "saboteur"],
     "ranks": ["run_ranks"],
     "suite": ["PluginSuite"],

@@ -10,7 +10,8 @@ import torch
 from drivetrain.catalogue import Catalogue
 from drivetrain.plan import name_plugins
 from drivetrain.state import Step
-from drivetrain.testing.files import DEV_ROWS, TRAIN_ROWS, TinyModule, tensor_rows
+from drivetrain.testing.files import DEV_ROWS, TRAIN_ROWS, TinyModule
+from drivetrain.testing.kinds import tensor_rows
 from drivetrain.testing.probes import BaseOptimizer
 from drivetrain.trainer import Trainer
 

@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from drivetrain.catalogue import Catalogue
-from drivetrain.errors import ConfigError, PlanError
+from drivetrain.errors import ConfigError, DrivetrainError, PlanError, Problem
 from drivetrain.hooks import Hooks
 from drivetrain.plan import _implementations
 from drivetrain.testing.carriers import tiny_module
-from drivetrain.testing.files import DEV_ROWS, TRAIN_ROWS, fill, tensor_rows, text_rows, token_rows
+from drivetrain.testing.files import DEV_ROWS, TRAIN_ROWS, fill
+from drivetrain.testing.kinds import WRITTEN, kit_rows
 from drivetrain.testing.probes import BaseOptimizer
 from drivetrain.trainer import Trainer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from drivetrain.errors import Problem
     from drivetrain.state import Run
 
 STEPS, SEED, WORDS = 6, 7, 6
@@ -36,11 +36,41 @@ def first_party(catalogue: Catalogue | None = None) -> list[str]:
     return [name for name in catalogue.names if catalogue.entry(name).distribution == "drivetrain"]
 
 
-def example(plugin: type | str, folder: Path, settings: Mapping[str, Any] | None = None) -> Any:
-    """Return an instance of a plugin with its example settings, or with `settings`."""
+def example(plugin: type | str, folder: Path, settings: Mapping[str, Any] | None = None, rows: str = "text") -> Any:
+    """Return an instance of a plugin with its example settings, or with `settings`; sources read `rows`."""
     made: Any = Catalogue().entry(plugin).load() if isinstance(plugin, str) else plugin
     given = getattr(made, "example", {}) if settings is None else settings
-    return made(**fill(dict(given), folder))
+    return made(**fill(dict(given), folder, rows))
+
+
+def examples(names: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Return instances of installed plugins that are to act together: each as the others' `companions` want it."""
+    classes = {name: Catalogue().entry(name).load() for name in names}
+    wanted = companions(classes.values())
+    kind = written_kind(classes.values(), "tokenize" in classes) or "text"
+    return {name: example(cls, folder, wanted.get(name), kind) for name, cls in classes.items()}
+
+
+def kinds(plugins: Iterable[Any]) -> list[str]:
+    """Return the kinds of rows that plugins (or classes) say they take, the collator's first."""
+    ordered = sorted(plugins, key=lambda plugin: getattr(plugin, "role", "") != "collate")
+    return list(dict.fromkeys(kind for kind in (getattr(plugin, "rows", None) for plugin in ordered) if kind))
+
+
+def written_kind(plugins: Iterable[Any], tokenized: bool) -> str | None:
+    """Return the kind of rows that a source must give: before the tokenizer, where there is one."""
+    found = [kind for kind in kinds(plugins) if kind != "text"] or kinds(plugins)
+    return None if not found else WRITTEN.get(found[0], found[0]) if tokenized else found[0]
+
+
+def companions(plugins: Iterable[Any]) -> dict[str, dict[str, Any]]:
+    """Return which plugins these need beside them, with their settings; the collator's word goes first."""
+    ordered = sorted(plugins, key=lambda plugin: getattr(plugin, "role", "") != "collate")
+    found: dict[str, dict[str, Any]] = {}
+    for plugin in ordered:
+        for name, settings in getattr(plugin, "companions", {}).items():
+            found[name] = {**settings, **found.get(name, {})}
+    return found
 
 
 def owned(plugins: Iterable[Any]) -> set[str]:
@@ -63,7 +93,7 @@ class Composition:
     """Plugins by name, the model and the data for them; ready to be fitted any number of times."""
 
     plugins: dict[str, Any]
-    rows: str = "tensors"  # what is given to `fit`: "tensors", "tokens", "text" or "" where a plugin brings rows
+    rows: str = "tensors"  # the kind that is given to `fit`, or "" where a plugin brings rows
     words: int | None = None  # sentences of exactly so many words, for a collator that cannot pad
 
     def without(self, *names: str) -> Composition:
@@ -79,11 +109,8 @@ class Composition:
         """Return the arguments of `fit` that are data."""
         if not self.rows:
             return {}
-        if self.rows == "tensors":
-            train, dev = tensor_rows(TRAIN_ROWS), tensor_rows(DEV_ROWS, start=1000)
-        else:
-            make: Any = text_rows if self.rows == "text" else token_rows
-            train, dev = make(TRAIN_ROWS, words=self.words), make(DEV_ROWS, start=1000, words=self.words)
+        train = kit_rows(self.rows, TRAIN_ROWS, words=self.words)
+        dev = kit_rows(self.rows, DEV_ROWS, start=1000, words=self.words)
         return {"train": train, "evaluate": dev if "evaluate" in owned(self.plugins.values()) else None}
 
     def trainer(self, output: Path | None = None, **settings: Any) -> Trainer:
@@ -119,10 +146,12 @@ def complete(  # noqa: C901 - one rule after the other
     """
     catalogue, named = catalogue or Catalogue(), dict(plugins)
     offered = {name: catalogue.entry(name).load() for name in first_party(catalogue)}
+    wanted, tokenized = companions(plugins.values()), "tokenize" in plugins
+    kind = written_kind(plugins.values(), tokenized)
 
     def add(name: str | None) -> None:
         if name is not None and name not in named:
-            made = example(offered[name], folder)
+            made = example(offered[name], folder, wanted.get(name), kind or "text")
             if not owned([made]) & owned(named.values()):
                 named[name] = made
 
@@ -130,8 +159,10 @@ def complete(  # noqa: C901 - one rule after the other
         found = [n for n, cls in offered.items() if word in (n, *_declared(cls, "provides"))]
         return word if word in found else next(iter(found), None)
 
+    for name in wanted:
+        add(name)
     padded = "build_collator" not in owned(named.values()) or "padding" in _words(named, "provides")
-    sentences = "data" in _words(named, "provides") and padded
+    sentences = kind in (None, "text") and "data" in _words(named, "provides") and padded
     if pretrained or sentences:
         add(provider("processor"))
     if sentences and "processor" in _words(named, "provides"):
@@ -147,9 +178,8 @@ def complete(  # noqa: C901 - one rule after the other
     words = None if "padding" in provided else WORDS
     if "data" in provided:
         return Composition(named, "", words)
-    return Composition(
-        named, "text" if "tokenize" in named else "tokens" if "processor" in provided else "tensors", words
-    )
+    given = kind or ("text" if "tokenize" in named else "tokens" if "processor" in provided else "tensors")
+    return Composition(named, given, words)
 
 
 def _declared(cls: type, which: str) -> tuple[str, ...]:
@@ -163,7 +193,7 @@ class Outcome:
 
     composition: Composition
     run: Run | None = None
-    refused: ConfigError | None = None
+    refused: DrivetrainError | None = None
 
 
 def compose_pair(first: str, second: str, plugins: Mapping[str, Any], folder: Path, output: Path) -> Outcome:
@@ -177,24 +207,26 @@ def compose_pair(first: str, second: str, plugins: Mapping[str, Any], folder: Pa
         output: an empty folder for the run.
     """
     pair = {first: plugins[first], second: plugins[second]}
-    refused: ConfigError | None = None
+    refused: DrivetrainError | None = None
+    # Plugins that take different kinds of rows meet in rows that are bad for one of them, and it says so.
+    refusals: Any = DrivetrainError if len(kinds(pair.values())) > 1 else ConfigError
     for pretrained in (False, True):  # some plugins take only a model of the kind that "processor" stands for
         composition = complete(pair, folder, pretrained=pretrained)
         try:
             return Outcome(composition, run=composition.fit(output / str(pretrained)))
-        except ConfigError as error:
+        except refusals as error:
             refused = refused or error
             if isinstance(error, PlanError):
                 break
     return Outcome(composition, refused=refused)
 
 
-def refusal(error: ConfigError, first: str, second: str) -> str | None:
+def refusal(error: DrivetrainError, first: str, second: str) -> str | None:
     """Return what is wrong with the refusal of two plugins, or None if it says why.
 
     It does where one problem names both, or names one of them and what it lacks.
     """
-    for problem in error.problems:
+    for problem in getattr(error, "problems", [Problem(str(error), kind="rows")]):
         text = str(problem)
         named = [name for name in (first, second) if re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text)]
         if len(named) == 2 or (named and (problem.kind == "missing" or problem.received or "Received" in text)):  # noqa: PLR2004

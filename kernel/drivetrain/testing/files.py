@@ -9,27 +9,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from drivetrain.options import require
+from drivetrain.testing.kinds import CLASSES, SPECIAL, kit_rows, vocabulary_ids
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-TOPICS = (
-    ("river", "stone", "cloud", "meadow", "frost", "pine", "valley", "thunder"),
-    ("engine", "wheel", "piston", "gearbox", "torque", "brake", "axle", "clutch"),
-    ("melody", "chord", "violin", "rhythm", "tempo", "octave", "quartet", "ballad"),
-)
-GLUE = ("the", "a", "of", "and", "near", "with", "old", "new")
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 TRAIN_ROWS, DEV_ROWS, MAX_TOKENS = 40, 12, 32
+CHAT = (
+    "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}{{ message.content }} [SEP] "
+    "{% endgeneration %}{% else %}[CLS] {{ message.content }} {% endif %}{% endfor %}"
+)
 MODULE = '''"""Rows and a model, for plugins that take importable functions."""
 
-from drivetrain.testing.files import DEV_ROWS, TRAIN_ROWS, TinyModule, text_rows
+from drivetrain.testing.files import DEV_ROWS, TRAIN_ROWS, TinyModule
+from drivetrain.testing.kinds import kit_rows
 
 
-def rows(split):
-    """Return labelled sentences."""
-    return {"train": text_rows(TRAIN_ROWS), "evaluate": text_rows(DEV_ROWS, start=1000)}.get(split)
+def rows(split, kind="text"):
+    """Return rows of a kind."""
+    made = {"train": (TRAIN_ROWS, 0), "evaluate": (DEV_ROWS, 1000)}.get(split)
+    return None if made is None else kit_rows(kind, *made)
 
 
 def build(dropout=0.1):
@@ -38,46 +38,11 @@ def build(dropout=0.1):
 '''
 
 
-def text_rows(count: int, start: int = 0, words: int | None = None) -> list[dict[str, Any]]:
-    """Return rows {"text", "label"} of three topics, 4 to 12 words long, or of exactly `words`."""
-    rows = []
-    for number in range(start, start + count):
-        label = number * 5 % 3
-        length = words or 4 + number * 7 % 9
-        picks = [zlib.crc32(f"{number}/{position}".encode()) for position in range(length)]
-        text = " ".join((TOPICS[label] if pick % 3 else GLUE)[pick // 7 % 8] for pick in picks)
-        rows.append({"text": text, "label": label})
-    return rows
-
-
-def tensor_rows(count: int, start: int = 0) -> dict[str, torch.Tensor]:
-    """Return columns "x" (N, 8) float32, three clusters, and "labels" (N,) int64."""
-    draws = torch.Generator().manual_seed(100 + start)
-    labels = torch.arange(start, start + count) * 5 % 3
-    centres = torch.randn(3, 8, generator=draws)
-    return {"x": centres[labels] + 0.5 * torch.randn(count, 8, generator=draws), "labels": labels}
-
-
-def token_rows(count: int, start: int = 0, words: int | None = None) -> list[dict[str, Any]]:
-    """Return rows {"input_ids", "labels"} as the kit's tokenizer makes them of `text_rows`; tensors if equally long."""
-    vocabulary = vocabulary_ids()
-    ends = vocabulary["[CLS]"], vocabulary["[SEP]"]
-    rows = []
-    for row in text_rows(count, start, words):
-        ids = [ends[0], *(vocabulary[w] for w in row["text"].split()), ends[1]]
-        rows.append({"input_ids": ids if words is None else torch.tensor(ids), "labels": row["label"]})
-    return rows
-
-
-def vocabulary_ids() -> dict[str, int]:
-    """Return the kit's vocabulary."""
-    return {word: index for index, word in enumerate([*SPECIAL, *GLUE, *(w for topic in TOPICS for w in topic)])}
-
-
 class TinyModule(torch.nn.Module):
     """A classifier of whatever the kit has: vectors, token ids or sentences; with dropout, and a buffer that moves.
 
-    It takes batches with "x" (B, 8), "input_ids" (B, L) or "text" (B strings), and "labels" or "label" (B,).
+    It takes batches with "x" (B, 8), "pixel_values" (B, C, H, W), "input_ids" (B, L) or "text" (B strings), and
+    "labels" or "label" (B,).
     """
 
     def __init__(self, dropout: float = 0.1) -> None:
@@ -87,7 +52,7 @@ class TinyModule(torch.nn.Module):
         self.project = torch.nn.Linear(8, 16)
         self.norm = torch.nn.LayerNorm(16)
         self.drop = torch.nn.Dropout(dropout)
-        self.head = torch.nn.Linear(16, 3)
+        self.head = torch.nn.Linear(16, CLASSES)
         self.rows: torch.Tensor
         self.register_buffer("rows", torch.zeros((), dtype=torch.int64), persistent=False)
 
@@ -99,9 +64,12 @@ class TinyModule(torch.nn.Module):
         text: Sequence[str] | None = None,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         **_: Any,
     ) -> dict[str, torch.Tensor]:
         """Return the mean loss and the logits (B, 3)."""
+        if pixel_values is not None:
+            x = torch.nn.functional.adaptive_avg_pool1d(pixel_values.mean((1, 2))[:, None], 8)[:, 0]
         device, dtype = self.project.weight.device, self.project.weight.dtype
         if text is not None:
             ids = [[1 + zlib.crc32(word.encode()) % 63 for word in line.split()] for line in text]
@@ -130,8 +98,8 @@ class TinyModule(torch.nn.Module):
 # --- files -------------------------------------------------------------------------------------------------------
 
 
-def _write_model(folder: Path) -> None:
-    """Save a random BERT with three classes and a word-level tokenizer."""
+def _write_tokenizer(folder: Path) -> None:
+    """Save a word-level tokenizer with a chat template."""
     library = require("transformers", extra="hf", plugin="the kit's model")
     words = require("tokenizers", extra="hf", plugin="the kit's model")
     vocabulary = vocabulary_ids()
@@ -142,60 +110,125 @@ def _write_model(folder: Path) -> None:
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
     )
     named = {f"{word[1:-1].lower()}_token": word for word in SPECIAL}
-    library.PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=MAX_TOKENS, **named).save_pretrained(folder)
-    config = library.BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=MAX_TOKENS,
-        num_labels=3,
-        hidden_dropout_prob=0.1,
-        attention_probs_dropout_prob=0.1,
-        initializer_range=0.2,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(3)
-        library.BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer = library.PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=MAX_TOKENS, **named)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+
+
+def _writer(model: str, config: str, **sizes: Any) -> Callable[[Path], None]:
+    """Return a function that saves a random small model of `transformers` and the tokenizer."""
+
+    def write(folder: Path) -> None:
+        library = require("transformers", extra="hf", plugin="the kit's model")
+        _write_tokenizer(folder)
+        made = getattr(library, config)(vocab_size=len(vocabulary_ids()), **sizes)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(3)
+            getattr(library, model)(made).save_pretrained(folder)
+
+    return write
+
+
+def _splits(kind: str) -> dict[str, Any]:
+    return {"train": kit_rows(kind, TRAIN_ROWS), "dev": kit_rows(kind, DEV_ROWS, start=1000)}
 
 
 def _write_dataset(folder: Path) -> None:
-    """Save the rows as a set of the `datasets` library."""
+    """Save the rows of a kind as a set of the `datasets` library."""
     library = require("datasets", extra="hf", plugin="the kit's dataset")
-    splits = {"train": text_rows(TRAIN_ROWS), "validation": text_rows(DEV_ROWS, start=1000)}
-    library.DatasetDict({name: library.Dataset.from_list(rows) for name, rows in splits.items()}).save_to_disk(folder)
+    splits = _splits(folder.name.removesuffix("-dataset"))
+    made = {name: library.Dataset.from_list(rows) for name, rows in splits.items()}
+    library.DatasetDict({"train": made["train"], "validation": made["dev"]}).save_to_disk(folder)
 
 
-WRITERS: dict[str, Callable[[Path], None]] = {"model": _write_model, "dataset": _write_dataset}
+def _write_jsonl(path: Path) -> None:
+    """Write a split of a kind, a JSON object a line."""
+    kind, _, split = path.stem.rpartition("-")
+    path.write_text("".join(json.dumps(row) + "\n" for row in _splits(kind)[split]), encoding="utf-8")
+
+
+def _write_parquet(path: Path) -> None:
+    """Write a split of a kind as Parquet, in two row groups."""
+    arrow, parquet = (require(name, extra="hf", plugin="the kit's files") for name in ("pyarrow", "pyarrow.parquet"))
+    kind, _, split = path.stem.rpartition("-")
+    rows = _splits(kind)[split]
+    parquet.write_table(arrow.Table.from_pylist(rows), path, row_group_size=-(-len(rows) // 2))
+
+
+def _write_text(path: Path) -> None:
+    """Write the sentences of a split, one a line."""
+    path.write_text("".join(row["text"] + "\n" for row in _splits("text")[path.stem]), encoding="utf-8")
+
+
+_write_bert = _writer(
+    "BertForSequenceClassification",
+    "BertConfig",
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=32,
+    max_position_embeddings=MAX_TOKENS,
+    num_labels=CLASSES,
+    hidden_dropout_prob=0.1,
+    attention_probs_dropout_prob=0.1,
+    initializer_range=0.2,
+)
+_write_llama = _writer(
+    "LlamaForCausalLM",
+    "LlamaConfig",
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=32,
+    max_position_embeddings=4 * MAX_TOKENS,
+    attention_dropout=0.1,
+    initializer_range=0.2,
+    pad_token_id=0,
+    bos_token_id=2,
+    eos_token_id=3,
+)
+_write_t5 = _writer(
+    "T5ForConditionalGeneration",
+    "T5Config",
+    d_model=16,
+    d_kv=8,
+    d_ff=32,
+    num_layers=2,
+    num_heads=2,
+    dropout_rate=0.1,
+    decoder_start_token_id=0,
+)
+WRITERS: dict[str, Callable[[Path], None]] = {"model": _write_bert, "causal": _write_llama, "seq2seq": _write_t5}
+ENDINGS = {"-dataset": _write_dataset, ".jsonl": _write_jsonl, ".parquet": _write_parquet, ".txt": _write_text}
 
 
 def write_kit(folder: Path) -> Path:
-    """Write the rows and the module into `folder` and return it; `ensure` adds what needs heavy libraries."""
-    for name, rows in (("train", text_rows(TRAIN_ROWS)), ("dev", text_rows(DEV_ROWS, start=1000))):
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    """Write the module into `folder` and return it; `ensure` adds the rest where it is named."""
     (folder / "kit_module.py").write_text(MODULE, encoding="utf-8")
     return folder
 
 
 def ensure(folder: Path, name: str) -> Path:
-    """Write "model" or "dataset" in the kit's folder, if it is not there yet."""
+    """Write a part of the kit, if it is not there yet: a model, or rows such as "text-train.jsonl", "text-dataset"."""
     path = folder / name
     if not path.exists():
-        WRITERS[name](path)
+        writer = WRITERS.get(name) or next(made for ending, made in ENDINGS.items() if name.endswith(ending))
+        writer(path)
     return path
 
 
-def fill(value: Any, folder: Path) -> Any:
-    """Put the kit's folder in place of "{kit}" in every string of `value`, and write what is named there."""
+def fill(value: Any, folder: Path, rows: str = "text") -> Any:
+    """Put the kit's folder in place of "{kit}" in every string of `value`, and write what is named there.
+
+    "{rows}" stands for the kind of rows, as in "{kit}/{rows}-train.jsonl".
+    """
     if isinstance(value, dict):
-        return {key: fill(item, folder) for key, item in value.items()}
+        return {key: fill(item, folder, rows) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(fill(item, folder) for item in value)
-    if not isinstance(value, str) or "{kit}" not in value:
+        return type(value)(fill(item, folder, rows) for item in value)
+    if not isinstance(value, str):
         return value
-    for name in WRITERS:
-        if f"{{kit}}/{name}" in value:
-            ensure(folder, name)
-    return value.replace("{kit}", str(folder))
+    filled = value.replace("{rows}", rows)
+    if filled.startswith("{kit}/"):
+        return str(ensure(folder, filled.removeprefix("{kit}/")))
+    return filled.replace("{kit}", str(folder))

@@ -80,9 +80,9 @@ def kit_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def kit_dir(kit_folder: Path) -> Path:
-    """Return a folder with train.jsonl, dev.jsonl, model/ (a tiny BERT), dataset/ and kit_module.py (importable)."""
+    """Return a folder with rows as jsonl and as a set of `datasets`, small models and kit_module.py (importable)."""
     from drivetrain.testing import files  # noqa: PLC0415
 
-    for name in files.WRITERS:
+    for name in (*files.WRITERS, "text-train.jsonl", "text-dev.jsonl", "text-dataset"):
         files.ensure(kit_folder, name)
     return kit_folder
