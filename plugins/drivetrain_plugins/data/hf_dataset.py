@@ -8,7 +8,7 @@ from typing import Any
 from drivetrain import ConfigError, Problem, hookimpl, option, plugin, require
 
 
-@plugin(role="data", provides=["data"], example={"path": "{kit}/dataset"})
+@plugin(role="data", provides=["data"], example={"path": "{kit}/{rows}-dataset"})
 class HFDataset:
     """Load a set of the datasets library: saved to disk, by builder ("json", "parquet", ...) or from the hub."""
 

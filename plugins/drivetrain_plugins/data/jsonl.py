@@ -38,7 +38,7 @@ def _start(line: bytes) -> str:
     return repr(line[:80].decode("utf-8", errors="backslashreplace"))
 
 
-@plugin(role="data", provides=["data"], example={"train": "{kit}/train.jsonl", "evaluate": "{kit}/dev.jsonl"})
+@plugin(role="data", provides=["data"], example={"train": "{kit}/{rows}-train.jsonl", "evaluate": "{kit}/{rows}-dev.jsonl"})
 class Jsonl:
     """Read JSON-lines files: one object a line, from a path or any fsspec URL."""
 

@@ -7,7 +7,7 @@ from typing import Any
 from drivetrain import ConfigError, hookimpl, import_object, option, plugin
 
 
-@plugin(role="data", provides=["data"], example={"function": "kit_module:rows"})
+@plugin(role="data", provides=["data"], example={"function": "kit_module:rows", "arguments": {"kind": "{rows}"}})
 class Rows:
     """Take the rows that an importable function returns for each split."""
 
