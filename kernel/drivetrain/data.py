@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from drivetrain.errors import DataError, DrivetrainError
-from drivetrain.rng import derive_seed
+from drivetrain.rng import derive_seed, seed_globals
 from drivetrain.state import Micro
 from drivetrain.streams import BadRow
 
@@ -97,10 +97,7 @@ class Fetch:
 
     def seed_globals(self, epoch: int, index: int) -> None:
         """Seed what augmentations draw from, by the row and the epoch."""
-        seed = derive_seed(self.seed, f"rows/{self.split}", epoch, index)
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002 - for datasets that draw from the legacy generator
+        seed_globals(derive_seed(self.seed, f"rows/{self.split}", epoch, index))
 
     def rows(self, indices: torch.Tensor, epoch: int) -> Sequence[Any]:
         """Return the rows of `indices`; global generators are seeded for each row, or once where rows come whole.

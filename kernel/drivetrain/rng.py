@@ -8,8 +8,10 @@ generator (dropout) is re-seeded at each optimizer step from ("step", number, ra
 from __future__ import annotations
 
 import hashlib
+import random
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -25,6 +27,13 @@ def derive_seed(seed: int, name: str, *key: int) -> int:
 def generator(seed: int, name: str, *key: int) -> torch.Generator:
     """Return a fresh CPU generator for the stream `name` at position `key`."""
     return torch.Generator().manual_seed(derive_seed(seed, name, *key))
+
+
+def seed_globals(seed: int) -> None:
+    """Seed the CPU generators that rows are augmented with: torch's, Python's and numpy's legacy one."""
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002 - for datasets that draw from the legacy generator
 
 
 def global_seeder(device: torch.device) -> Callable[[int], object]:

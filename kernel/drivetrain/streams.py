@@ -11,8 +11,10 @@ import itertools
 from typing import TYPE_CHECKING, Any, Protocol
 
 import attrs
+import torch
 
 from drivetrain.errors import DataError
+from drivetrain.rng import derive_seed, seed_globals
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -62,11 +64,17 @@ class Iterated:
 
 
 class Counted:
-    """A reader whose position is the number of rows given."""
+    """A reader whose position is the number of rows given.
+
+    The global generators are seeded before each row, from the seed that torch's had when the reader was made: rows
+    that are drawn or augmented are the same after going on, and in batches of any size.
+    """
 
     def __init__(self, rows: Iterator[Any], start: int = 0) -> None:
         """Pass over the first `start` rows."""
-        self._rows, self._given = itertools.islice(rows, start, None), start
+        self._rows, self._given, self._seed = rows, 0, torch.initial_seed()
+        while self._given < start and next(self, self) is not self:
+            pass
 
     def __iter__(self) -> Iterator[Any]:
         """Return itself."""
@@ -74,6 +82,7 @@ class Counted:
 
     def __next__(self) -> Any:
         """Return the next row."""
+        seed_globals(derive_seed(self._seed, "row", self._given))
         row = next(self._rows)
         self._given += 1
         return row
@@ -117,8 +126,9 @@ class Streamed:
                 micro.position, micro.ends = after, not following or (self.drop_last and len(following) < whole)
                 yield micro
             rows, row, number = following, row + len(rows), number + 1
-        if row == 0:
-            raise DataError(f"the {fetch.split} stream gave no {'whole batch' if rows else 'rows'} in epoch {epoch}")
+        if not number:  # at whatever row: the files may have become shorter since
+            what = f"the {fetch.split} stream gave no {'whole batch' if rows else 'rows'} in epoch {epoch}"
+            raise DataError(what if position is None else f"{what} after row {row}, at {position}")
 
     def _read(self, reader: Reader, epoch: int, row: int) -> list[Any]:
         fetch = self.fetch
