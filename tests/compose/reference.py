@@ -6,11 +6,17 @@ from ("model"), the order of an epoch from ("order", epoch), and each step's dro
 
 from __future__ import annotations
 
+import itertools
 from contextlib import nullcontext
 
 import torch
 
 from drivetrain.rng import derive_seed
+
+
+def keyed(seed, name, *key):
+    """Return the generator of a documented stream."""
+    return torch.Generator().manual_seed(derive_seed(seed, name, *key))
 
 
 def train(
@@ -27,13 +33,17 @@ def train(
     schedule=None,
     clip=None,
     autocast=None,
-    shuffle=True,
+    stream=None,
+    count=None,
+    loss=None,
+    order=None,
+    bounds=None,
 ):
     """Train from scratch and return the parameters by name.
 
     Args:
         build_model: called without arguments after seeding; returns a module that takes a batch's items by name.
-        make_batch: from a list of row numbers to a batch, a dict of tensors (or of lists of strings).
+        make_batch: from a list of row numbers and a generator (or None) to a batch, a dict of tensors or of strings.
         rows: how many there are.
         optimizer: from (parameters that decay, parameters that do not) to a `torch.optim.Optimizer`.
         steps: optimizer steps.
@@ -44,8 +54,14 @@ def train(
         schedule: from steps taken to the factor on the rate.
         clip: largest total norm of the gradients.
         autocast: a dtype for forward and loss.
-        shuffle: False takes the rows as they come.
+        stream: the name under which a batch's generator is seeded, with the epoch and the position of its first row.
+        count: from a batch to the number of its target items; rows, if None.
+        loss: from (model, batch) to the mean loss; the model's own, if None.
+        order: from an epoch to the numbers of its rows; a permutation from ("order", epoch), if None.
+        bounds: from an epoch to the places in its order where micro-batches begin and end, instead of `batch_size`.
     """
+    count = count or (lambda batch: None)
+    loss = loss or (lambda model, batch: model(**batch)["loss"])
     torch.manual_seed(derive_seed(seed, "model"))
     model = build_model()
     model.train()
@@ -55,23 +71,31 @@ def train(
     rates = None if schedule is None else torch.optim.lr_scheduler.LambdaLR(updates, schedule)
     step, epoch = 0, 0
     while step < steps:
-        order = list(range(rows))
-        if shuffle:
-            generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
-            order = torch.randperm(rows, generator=generator).tolist()
-        batches = [order[start : start + batch_size] for start in range(0, rows, batch_size)]
-        if drop_last and len(batches[-1]) < batch_size:
-            batches.pop()
-        for first in range(0, len(batches), accumulation):
+        if order is None:
+            numbers = torch.randperm(rows, generator=keyed(seed, "order", epoch)).tolist()
+        else:
+            numbers = list(order(epoch))
+        edges = bounds(epoch) if bounds else [*range(0, len(numbers), batch_size), len(numbers)]
+        cuts = list(itertools.pairwise(edges))
+        if drop_last and bounds is None and cuts[-1][1] - cuts[-1][0] < batch_size:
+            cuts.pop()
+        for first in range(0, len(cuts), accumulation):
             if step == steps:
                 break
-            micro_batches = batches[first : first + accumulation]
+            micro_batches = []
+            for start, end in cuts[first : first + accumulation]:
+                draws = None if stream is None else keyed(seed, stream, epoch, start)
+                micro_batches.append(make_batch(numbers[start:end], draws))
+            items = [count(batch) for batch in micro_batches]
+            items = [end - start if n is None else n for n, (start, end) in zip(items, cuts[first:], strict=False)]
             torch.manual_seed(derive_seed(seed, "step", step, 0))
-            for numbers in micro_batches:
+            for batch, number in zip(micro_batches, items, strict=True):
+                if number == 0:
+                    continue
                 with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
-                    loss = model(**make_batch(numbers))["loss"]
-                share = len(numbers) / sum(map(len, micro_batches))
-                (loss if share == 1 else loss * share).backward()
+                    mean = loss(model, batch)
+                share = number / sum(items)
+                (mean if share == 1 else mean * share).backward()
             if clip is not None:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
             updates.step()

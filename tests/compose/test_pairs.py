@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from drivetrain import Catalogue
-from drivetrain.testing import compose_pair, example, first_party, refusal
+from drivetrain.options import option_values
+from drivetrain.testing import BaseOptimizer, Composition, compose_pair, examples, first_party, refusal
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `reference` and `table`, however the tests are collected
 
@@ -22,21 +23,21 @@ PAIRS = list(itertools.combinations(NAMES, 2))
 _results: dict[str, dict[str, torch.Tensor]] = {}
 
 
-def expected(plugins, words, folder):
+def expected(composition, folder):
     """Return the reference's parameters; runs that differ in observers alone share one."""
     acting = sorted(
-        (name, repr(plugin.example))
-        for name, plugin in plugins.items()
+        (name, str(option_values(plugin)))
+        for name, plugin in composition.plugins.items()
         if plugin.effect != "observes" or name in table.TABLE
     )
-    key = f"{acting} {words}"
+    key = f"{acting} {composition.rows} {composition.words}"
     if key not in _results:
-        _results[key] = reference.train(**table.arguments(plugins, words, folder))
+        _results[key] = reference.train(**table.arguments(composition, folder))
     return _results[key]
 
 
 def compare(run, composition, folder):
-    wanted = expected(composition.plugins, composition.words, folder)
+    wanted = expected(composition, folder)
     got = dict(run.model.named_parameters())
     assert got.keys() == wanted.keys()
     for name, parameter in got.items():
@@ -64,8 +65,7 @@ def test_table_names_only_plugins():
 
 def test_the_oracle_can_tell():
     """Arguments of the reference that change nothing would prove nothing: each entry but `stack` moves the weights."""
-    plugins = {"base-optimizer": None}
-    base = reference.train(**table.arguments(plugins, None, Path()))
+    base = reference.train(**table.arguments(Composition({"base-optimizer": BaseOptimizer()}), Path()))
 
     class Options:
         batches, lr, weight_decay, betas, eps, momentum, nesterov = 2, 0.01, 0.1, (0.9, 0.999), 1e-8, 0.9, False
@@ -75,7 +75,7 @@ def test_the_oracle_can_tell():
         options = Options()
         if name == "linear":
             options.warmup = 0.25
-        changed = reference.train(**table.arguments({name: options}, None, Path()))
+        changed = reference.train(**table.arguments(Composition({name: options}), Path()))
         assert any(not torch.equal(base[key], changed[key]) for key in base), name
 
 
@@ -83,7 +83,7 @@ def test_the_oracle_can_tell():
 def test_pair(first, second, kit_folder, tmp_path):
     """The pair is refused with a problem that says why, or its weights equal the hand-written loop's, in either order."""
     for order in ((first, second), (second, first)):
-        plugins = {name: example(name, kit_folder) for name in order}
+        plugins = examples(order, kit_folder)
         outcome = compose_pair(*order, plugins, kit_folder, tmp_path / order[0])
         if outcome.refused is not None:
             assert (complaint := refusal(outcome.refused, first, second)) is None, complaint

@@ -47,7 +47,7 @@ def examples(names: Sequence[str], folder: Path) -> dict[str, Any]:
     """Return instances of installed plugins that are to act together: each as the others' `companions` want it."""
     classes = {name: Catalogue().entry(name).load() for name in names}
     wanted = companions(classes.values())
-    kind = written_kind(classes.values(), "tokenize" in classes) or "text"
+    kind = written_kind(classes.values(), tokenized="tokenize" in classes) or "text"
     return {name: example(cls, folder, wanted.get(name), kind) for name, cls in classes.items()}
 
 
@@ -57,7 +57,7 @@ def kinds(plugins: Iterable[Any]) -> list[str]:
     return list(dict.fromkeys(kind for kind in (getattr(plugin, "rows", None) for plugin in ordered) if kind))
 
 
-def written_kind(plugins: Iterable[Any], tokenized: bool) -> str | None:
+def written_kind(plugins: Iterable[Any], *, tokenized: bool) -> str | None:
     """Return the kind of rows that a source must give: before the tokenizer, where there is one."""
     found = [kind for kind in kinds(plugins) if kind != "text"] or kinds(plugins)
     return None if not found else WRITTEN.get(found[0], found[0]) if tokenized else found[0]
@@ -147,7 +147,7 @@ def complete(  # noqa: C901 - one rule after the other
     catalogue, named = catalogue or Catalogue(), dict(plugins)
     offered = {name: catalogue.entry(name).load() for name in first_party(catalogue)}
     wanted, tokenized = companions(plugins.values()), "tokenize" in plugins
-    kind = written_kind(plugins.values(), tokenized)
+    kind = written_kind(plugins.values(), tokenized=tokenized)
 
     def add(name: str | None) -> None:
         if name is not None and name not in named:
