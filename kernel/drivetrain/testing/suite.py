@@ -25,7 +25,16 @@ from drivetrain.plan import _implementations, check_plugin, kebab
 from drivetrain.recipe import Recipe
 from drivetrain.testing import probes
 from drivetrain.testing.compose import (
-    STEPS, Composition, companions, complete, compose_pair, example, first_party, owned, refusal, written_kind,
+    STEPS,
+    Composition,
+    companions,
+    complete,
+    compose_pair,
+    example,
+    first_party,
+    owned,
+    refusal,
+    written_kind,
 )  # fmt: skip
 from drivetrain.testing.digests import decode, digest, encode
 from drivetrain.testing.files import fill
