@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from drivetrain import hookimpl, option, plugin
-from drivetrain_plugins.schedule._warmup import warmup_steps
+from drivetrain_plugins.schedule._warmup import HELP, Warmup, warmed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 class Constant:
     """Raise the rate over the warm-up, then keep it."""
 
-    warmup: float = option(0.0, ge=0, help="below 1: share of all steps; from 1 on: number of steps")
+    warmup: Warmup = option(0.0, converter=Warmup.parse, help=HELP)
 
     @hookimpl
     def build_schedule(self, run: Run) -> Callable[[int], float]:
         """Return the factor as a function of the applied steps."""
-        warm = warmup_steps(run, self.warmup, "constant")
-        return lambda step: step / warm if step < warm else 1.0
+
+        def after(step: int, warm: int, total: int) -> float:  # noqa: ARG001 - as all schedules
+            return 1.0
+
+        return warmed(run, self.warmup, "constant", after)

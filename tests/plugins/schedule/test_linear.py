@@ -66,5 +66,5 @@ def test_skipped_step_does_not_move_the_rate():
 
 def test_warmup_longer_than_the_run_is_refused_by_name():
     """A warm-up that would never end is refused before the first step."""
-    with pytest.raises(ConfigError, match=r"warm-up of 'linear' is longer[\s\S]*warmup=11 for 10 steps"):
+    with pytest.raises(ConfigError, match=r"warm-up of 'linear' is longer[\s\S]*warmup=11 steps for 10 steps"):
         Linear(warmup=11).build_schedule(cpu_run(total_steps=10))
