@@ -7,10 +7,41 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from drivetrain import BadRow
+from drivetrain_plugins.shared.table import Table
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from drivetrain import Reader, Stream
+
+
+@attrs.frozen(eq=False)
+class Mapped:
+    """A stream each of whose rows is made by `apply(row)`; a `BadRow` passes."""
+
+    stream: Stream
+    apply: Callable[[Any], Any]
+
+    def open(self, epoch: int, position: Any = None) -> Reader:
+        """Open the inner stream there."""
+        return _MappedReader(self.stream.open(epoch, position), self.apply)
+
+
+@attrs.frozen(eq=False)
+class _MappedReader:
+    reader: Reader
+    apply: Callable[[Any], Any]
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        row = next(self.reader)
+        return row if isinstance(row, BadRow) else self.apply(row)
+
+    def position(self) -> Any:
+        return self.reader.position()
 
 
 @attrs.frozen(eq=False)
@@ -40,7 +71,8 @@ class _BlockReader:
         self._start = self._reader.position()
         self._block += 1
         rows = list(itertools.islice(self._reader, self._blocks.size))
-        self._rows = list(self._blocks.make(rows, self._epoch, self._block)) if rows else []
+        made = self._blocks.make(rows, self._epoch, self._block) if rows else ()
+        self._rows = [made.row(i) for i in range(len(made))] if isinstance(made, Table) else list(made)
         return bool(rows)
 
     def __iter__(self) -> Iterator[Any]:

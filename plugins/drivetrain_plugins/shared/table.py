@@ -28,7 +28,7 @@ class Ragged:
         if values.ndim != 1 or values.dtype.kind not in "iubf":
             raise ValueError(f"a ragged column holds flat lists of numbers. Received: {values.dtype}, {values.ndim}-d")
         offsets = np.concatenate([[0], np.cumsum([len(a) for a in arrays])]).astype(np.int64)
-        return cls(values.astype(np.float32 if values.dtype.kind == "f" else np.int64, copy=False), offsets)
+        return cls(values.astype(_kept(values.dtype), copy=False), offsets)
 
     @property
     def lengths(self) -> np.ndarray[Any, Any]:
@@ -45,16 +45,28 @@ class Ragged:
         return self.values[self.offsets[index] : self.offsets[index + 1]]
 
     def take(self, indices: np.ndarray[Any, Any]) -> Ragged:
-        """Return the lists at `indices` (B,), copied back to back."""
+        """Return the lists at `indices` (B,), copied back to back; integers become int64, others float32."""
+        indices = np.where(indices < 0, indices + len(self), indices)
         starts, ends = self.offsets[indices], self.offsets[indices + 1]
         offsets = np.zeros(len(indices) + 1, np.int64)
         np.cumsum(ends - starts, out=offsets[1:])
         parts = [self.values[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
-        return Ragged(np.concatenate(parts) if parts else self.values[:0], offsets)
+        values = np.concatenate(parts) if parts else self.values[:0]
+        return Ragged(values.astype(_kept(values.dtype), copy=False), offsets)
+
+    @classmethod
+    def concat(cls, parts: Sequence[Ragged]) -> Ragged:
+        """Return the lists of all parts, one part after the other."""
+        values = [part.values[part.offsets[0] : part.offsets[-1]] for part in parts]
+        starts = np.cumsum([0, *(len(each) for each in values)])
+        offsets = [p.offsets[:-1] - p.offsets[0] + start for p, start in zip(parts, starts[:-1].tolist(), strict=True)]
+        return cls(np.concatenate(values), np.concatenate([*offsets, starts[-1:]]).astype(np.int64))
 
 
 class Table(Sequence[dict[str, Any]]):
     """A map-style dataset of columns: `Ragged`, or arrays and lists whose item i belongs to row i.
+
+    A column may be anything else with a length and items, best with `take(indices)`.
 
     A collator gets its batch as a smaller `Table`: it may read `columns`, or take it for a list of dicts.
     """
@@ -69,16 +81,12 @@ class Table(Sequence[dict[str, Any]]):
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Any]]) -> Table:
         """Make columns of rows that have the same fields: lists of numbers become `Ragged`, numbers an array."""
-        columns: dict[str, Any] = {}
-        for name, first in rows[0].items():
-            values = [row[name] for row in rows]
-            if isinstance(first, (list, tuple, np.ndarray)):
-                columns[name] = Ragged.of(values)
-            elif isinstance(first, (bool, int, float)) and not any(v is None for v in values):
-                columns[name] = np.asarray(values)
-            else:
-                columns[name] = values
-        return cls(columns)
+        return cls({name: column_of([row[name] for row in rows]) for name in rows[0]})
+
+    @classmethod
+    def concat(cls, parts: Sequence[Table]) -> Table:
+        """Return the rows of all parts, which have the same columns, one part after the other."""
+        return cls({name: _joined([part.columns[name] for part in parts]) for name in parts[0].columns})
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -88,8 +96,13 @@ class Table(Sequence[dict[str, Any]]):
         """Return one row as lists and numbers, or a slice as a `Table`."""
         if isinstance(index, slice):
             return self.take(np.arange(len(self))[index])
-        row = {name: column[index] for name, column in self.columns.items()}
-        return {name: v.tolist() if isinstance(v, (np.ndarray, np.generic)) else v for name, v in row.items()}
+        return {
+            name: v.tolist() if isinstance(v, (np.ndarray, np.generic)) else v for name, v in self.row(index).items()
+        }
+
+    def row(self, index: int) -> dict[str, Any]:
+        """Return one row whose lists are views of the columns."""
+        return {name: column[index] for name, column in self.columns.items()}
 
     def take(self, indices: Any) -> Table:
         """Return the rows at `indices`, int (B,)."""
@@ -104,7 +117,34 @@ class Table(Sequence[dict[str, Any]]):
         return column.lengths if isinstance(column, Ragged) else np.array([len(v) for v in column], np.int64)
 
 
+def column_of(values: Sequence[Any]) -> Any:
+    """Return a column of a value a row: `Ragged` for flat lists of numbers, an array for numbers, else the list."""
+    listed = (list, tuple, np.ndarray)
+    try:
+        if all(isinstance(v, listed) for v in values):
+            return Ragged.of(values)
+        if all(isinstance(v, (bool, int, float)) for v in values):
+            array = np.asarray(values)
+            return list(values) if array.dtype.kind == "O" else array
+    except (ValueError, TypeError, OverflowError):  # nested lists, words, numbers beyond 64 bits
+        return list(values)
+    return list(values)
+
+
+def _kept(dtype: np.dtype[Any]) -> type[np.generic]:
+    """Return the type of numbers in a batch."""
+    return np.float32 if dtype.kind == "f" else np.int64
+
+
+def _joined(columns: list[Any]) -> Any:
+    if all(isinstance(column, Ragged) for column in columns):
+        return Ragged.concat(columns)
+    if all(isinstance(column, np.ndarray) for column in columns):
+        return np.concatenate(columns)
+    return [value for column in columns for value in column]
+
+
 def _take(column: Any, indices: np.ndarray[Any, Any]) -> Any:
-    if isinstance(column, Ragged):
-        return column.take(indices)
-    return column[indices] if isinstance(column, np.ndarray) else [column[i] for i in indices.tolist()]
+    if isinstance(column, np.ndarray):
+        return column[indices]
+    return column.take(indices) if hasattr(column, "take") else [column[i] for i in indices.tolist()]
