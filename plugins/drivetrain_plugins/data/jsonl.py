@@ -3,58 +3,90 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import fsspec
+from drivetrain import BadRow, hookimpl, option, plugin
+from drivetrain_plugins.data._files import FileStream, chosen, decoded, splits, start
 
-from drivetrain import DataError, hookimpl, option, plugin
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from drivetrain import Run
 
 
-def read_jsonl(url: str) -> list[dict[str, Any]]:
-    """Return the objects in the file, one a line; empty lines are passed over.
+def parse(raw: bytes, where: str) -> Any:
+    """Return the object in a line, None for an empty line, or a `BadRow` that says what is wrong with it."""
+    if not raw.strip():
+        return None
+    try:
+        row = _decoder.decode(decoded(raw).strip())
+        if b"\\u" in raw:  # escapes can write what UTF-8 cannot
+            _check(row)
+    except (ValueError, RecursionError) as error:
+        return BadRow(f"{where}: not JSON in UTF-8 ({error}). Received: {start(raw)}")
+    if not isinstance(row, dict):
+        return BadRow(f"{where}: a row must be a JSON object. Received: {start(raw)}")
+    return row
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"field {twice!r} stands there twice")
+    return made
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for inner in value:
+            yield from _texts(inner)
+            if isinstance(value, dict):
+                yield from _texts(value[inner])
+
+
+def _check(row: Any) -> None:
+    """Refuse strings that are no text.
 
     Raises:
-        DataError: the file cannot be read, or a line is no JSON object; it names file and line.
+        ValueError: a string has a NUL character or half of a surrogate pair.
     """
-    rows = []
-    try:
-        with fsspec.open(url, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line.decode("utf-8"))
-                except (ValueError, RecursionError) as error:
-                    raise DataError(f"{url}:{number}: not JSON in UTF-8 ({error}). Received: {_start(line)}") from None
-                if not isinstance(row, dict):
-                    raise DataError(f"{url}:{number}: a row must be a JSON object. Received: {_start(line)}")
-                rows.append(row)
-    except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"{url}: cannot be read: {type(error).__name__}: {error}") from error
-    return rows
+    for text in _texts(row):
+        if "\0" in text:
+            raise ValueError("a string holds a NUL character")
+        text.encode()  # a lone surrogate raises UnicodeEncodeError, a ValueError
 
 
-def _start(line: bytes) -> str:
-    return repr(line[:80].decode("utf-8", errors="backslashreplace"))
-
-
-@plugin(role="data", provides=["data"], example={"train": "{kit}/{rows}-train.jsonl", "evaluate": "{kit}/{rows}-dev.jsonl"})
+@plugin(
+    role="data",
+    provides=["data"],
+    example={"train": "{kit}/{rows}-train.jsonl", "evaluate": "{kit}/{rows}-dev.jsonl"},
+)
 class Jsonl:
-    """Read JSON-lines files: one object a line, from a path or any fsspec URL."""
+    """Read JSON-lines files: one object a line, from paths, globs or any fsspec URLs; .gz, .bz2 and .xz too."""
 
-    train: str = option(help="file with the training rows")
-    evaluate: str | dict[str, str] | None = option(None, help="file with the evaluation rows, or several by name")
+    train: str | list[str] = option(help="file with the training rows, or several; * is filled in")
+    evaluate: str | list[str] | dict[str, str | list[str]] | None = option(
+        None, help="files with the evaluation rows, or several sets by name"
+    )
+    stream: bool = option(False, help="read rows when they are needed, in the files' order, instead of into memory")
 
     @property
     def facts(self) -> dict[str, Any]:
         """Declare the named evaluation sets."""
-        return {"splits": [f"evaluate/{n}" for n in self.evaluate]} if isinstance(self.evaluate, dict) else {}
+        return splits(self.evaluate)
 
     @hookimpl
-    def build_dataset(self, split: str) -> list[dict[str, Any]] | None:
-        """Read the file of `split`."""
-        if split == "train":
-            return read_jsonl(self.train)
-        named = self.evaluate if isinstance(self.evaluate, dict) else {"": self.evaluate}
-        url = named.get(split.removeprefix("evaluate").removeprefix("/"))
-        return None if url is None else read_jsonl(url)
+    def build_dataset(self, run: Run, split: str) -> Any:
+        """Read the files of `split`, or return them as a stream."""
+        files = chosen(self.train, self.evaluate, split)
+        if files is None:
+            return None
+        rows = FileStream(tuple(files), "jsonl", parse)
+        return rows if self.stream else rows.rows(run)
