@@ -100,7 +100,9 @@ def ragged(values: Sequence[Any], field: str, *, plugin: str) -> Ragged:
         try:
             for each in values:
                 flat.fromlist(each)  # half the time of numpy's conversion; refuses what is no integer
-        except (TypeError, OverflowError):
+        except OverflowError as error:
+            raise _blamed(values, field, plugin, _makes_list, error) from error
+        except TypeError:
             pass
         else:
             return Ragged(np.asarray(flat), _offsets(values))
@@ -144,6 +146,7 @@ def _numbers(made: Array) -> Array:
 def _makes_list(value: Any) -> None:
     if not _is_list(value):
         raise TypeError(f"it is no list but {type(value).__name__}")
+    _numbers(np.asarray(value))
     Ragged.of([value])
 
 
@@ -255,7 +258,7 @@ class Padding:
         batch: dict[str, torch.Tensor] = {}
         masks: dict[bytes, Array] = {}
         ids = given.get("input_ids")
-        like = ids.lengths.tobytes() if isinstance(ids, Ragged) else None
+        like = _outline(ids) if isinstance(ids, Ragged) else None
         for name in (*(n for n in given if n not in LABELS), *(n for n in LABELS if n in given)):
             values = given[name]
             target = "labels" if name in LABELS else name
@@ -271,20 +274,28 @@ class Padding:
     def _rectangle(
         self, name: str, lists: Ragged, like: bytes | None, masks: dict[bytes, Array], plugin: str
     ) -> torch.Tensor:
-        lengths = lists.lengths
-        key, fill = lengths.tobytes(), self.ignored if name in LABELS else self.fill.get(name, 0)
+        key, fill = _outline(lists), self.ignored if name in LABELS else self.fill.get(name, 0)
         tokens = like in (None, key)
         classes = name in LABELS and lists.values.dtype.kind == "f"
-        if (classes or not tokens) and len(lists) and (lengths == lengths[0]).all():
-            return torch.from_numpy(lists.values[lists.offsets[0] : lists.offsets[-1]].reshape(len(lists), -1).copy())
+        if classes or not tokens:
+            lengths = lists.lengths
+            if len(lists) and (lengths == lengths[0]).all():
+                items = lists.values[lists.offsets[0] : lists.offsets[-1]]
+                return torch.from_numpy(items.reshape(len(lists), -1).copy())
         if not tokens:
-            return torch.from_numpy(_filled(lists, fill, _taken(lengths, self.multiple, self.side, None)))
+            return padded(lists, fill, multiple=self.multiple, side=self.side)
         if key not in masks:
             try:
-                masks[key] = _taken(lengths, self.multiple, self.side, self.length)
+                masks[key] = _taken(lists.lengths, self.multiple, self.side, self.length)
             except DataError as error:
                 raise DataError(f"{plugin}: field {name!r}: {error}") from None
         return torch.from_numpy(_filled(lists, fill, masks[key]))
+
+
+def _outline(lists: Ragged) -> bytes:
+    """Return a key that two columns share if their lists are equally long in every row."""
+    offsets = lists.offsets
+    return (offsets - offsets[0] if offsets[0] else offsets).tobytes()
 
 
 def _flat(values: Any) -> bool:

@@ -61,7 +61,8 @@ def _pixels(value: Any) -> np.ndarray[Any, Any]:
         made = made.astype(np.uint8) if made.max() <= np.iinfo(np.uint8).max else made
     if made.ndim == 3 and made.shape[2] not in CHANNELS and made.shape[0] in CHANNELS:  # noqa: PLR2004
         made = made.transpose(1, 2, 0)
-    if made.dtype != np.uint8 or not (made.ndim == 2 or (made.ndim == 3 and made.shape[2] in CHANNELS)):  # noqa: PLR2004
+    shaped = made.ndim == 2 or (made.ndim == 3 and made.shape[2] in CHANNELS)  # noqa: PLR2004
+    if not shaped or not made.size or made.dtype != np.uint8:
         raise TypeError(
             "an image is a PIL image, a file's bytes or path, or uint8 of shape (H, W), (H, W, C) or (C, H, W), "
             f"not {type(value).__name__} of {made.dtype} {made.shape}"
@@ -95,7 +96,7 @@ class Resized:
             )
         pixels = np.stack([np.asarray(image) for image in images])
         pixels = pixels[..., None] if pixels.ndim == 3 else pixels  # noqa: PLR2004 - grey ones have no channels
-        made = pixels.astype(np.float32) * np.float32(self.scale)
+        made: np.ndarray[Any, Any] = pixels.astype(np.float32) * np.float32(self.scale)
         made = (made - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return torch.from_numpy(np.ascontiguousarray(made.transpose(0, 3, 1, 2)))
 
@@ -190,24 +191,25 @@ class Vision:
         require("PIL.Image", extra="vision", plugin="vision")
         flip = self.flip if split == "train" else 0.0
         stream = "vision" if flip else None
-        return VisionCollator(self.image, self.label, self.mode, self._prepare(run), flip, stream)
+        return VisionCollator(self.image, self.label, self.mode, _preparation(self, run), flip, stream)
 
-    def _prepare(self, run: Run) -> Processed | Resized:
-        own = bool(self.size or self.mean or self.std or self.scale is not None)
-        if own and self.processor is not None:
-            raise ConfigError("vision: give a processor, or size, mean, std and scale, not both")
-        found = self.processor if self.processor is not None else _image_processor(run.processor)
-        if found is not None and not own:
-            return Processed(found)
-        channels = len(self.mode)
-        if len(self.size) > 2 or any(len(each) not in (0, 1, channels) for each in (self.mean, self.std)):  # noqa: PLR2004
-            raise ConfigError(
-                "vision: size takes one or two numbers; mean and std one, or one a channel. "
-                f"Received: size={self.size}, mean={self.mean}, std={self.std}, mode={self.mode!r}"
-            )
-        size = (self.size[0], self.size[-1]) if self.size else None
-        scale = 1 / 255 if self.scale is None else self.scale
-        return Resized(size, tuple(self.mean) or (0.0,), tuple(self.std) or (1.0,), scale, self.resample)
+
+def _preparation(vision: Vision, run: Run) -> Processed | Resized:
+    own = bool(vision.size or vision.mean or vision.std or vision.scale is not None)
+    if own and vision.processor is not None:
+        raise ConfigError("vision: give a processor, or size, mean, std and scale, not both")
+    found = vision.processor if vision.processor is not None else _image_processor(run.processor)
+    if found is not None and not own:
+        return Processed(found)
+    channels = len(vision.mode)
+    if len(vision.size) > 2 or any(len(each) not in (0, 1, channels) for each in (vision.mean, vision.std)):  # noqa: PLR2004
+        raise ConfigError(
+            "vision: size takes one or two numbers; mean and std one, or one a channel. "
+            f"Received: size={vision.size}, mean={vision.mean}, std={vision.std}, mode={vision.mode!r}"
+        )
+    size = (vision.size[0], vision.size[-1]) if vision.size else None
+    scale = 1 / 255 if vision.scale is None else vision.scale
+    return Resized(size, tuple(vision.mean) or (0.0,), tuple(vision.std) or (1.0,), scale, vision.resample)
 
 
 def _image_processor(processor: Any) -> Any:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
+from collate_rows import FORMS, assert_input_unchanged, assert_same_batch, docstring_rows, in_form, minilm, token_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from plugin_helpers import cpu_run, fit
 
 from drivetrain import ConfigError, DataError, PlanError, Trainer, hookimpl
 from drivetrain_plugins import SGD, Loader, Pad
+from drivetrain_plugins.shared.table import Ragged, Table
 
 
 def features(lengths, seed=0, labels=None):
@@ -29,13 +34,6 @@ def features(lengths, seed=0, labels=None):
 
 def collator(tokenizer, multiple=1):
     return Pad(tokenizer, multiple=multiple).build_collator(cpu_run())
-
-
-def assert_same_batch(ours, theirs):
-    assert set(ours) == set(theirs)
-    for name in ours:
-        assert ours[name].dtype == theirs[name].dtype
-        assert torch.equal(ours[name], theirs[name]), name
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -115,12 +113,27 @@ def test_collator_is_picklable(tokenizer):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"input_ids": [1], "label": 1}, {"input_ids": [2]}], r"must have the same fields.*\('input_ids',\)"),
-        ([{"input_ids": [1]}, {"input_ids": [2], "label": 1}], r"must have the same fields.*'label'"),
-        ([{"input_ids": [1], "label": 1}, {"input_ids": [2], "label": None}], r"field 'label' makes no tensor.*None"),
-        ([{"input_ids": [1], "label": None}, {"input_ids": [2], "label": 1}], r"field 'label' makes no tensor.*None"),
-        ([{"input_ids": [1]}, {"input_ids": ["x"]}], r"field 'input_ids' makes no tensor.*'x'"),
-        ([{"input_ids": [1]}, {"input_ids": 3}], r"field 'input_ids' makes no tensor.*3"),
+        (
+            [{"input_ids": [1], "label": 1}, {"input_ids": [2]}],
+            r"the same fields, but row 1 of the batch lacks .'label'",
+        ),
+        (
+            [{"input_ids": [1]}, {"input_ids": [2], "label": 1}],
+            r"the same fields, but row 0 of the batch lacks .'label'",
+        ),
+        ([{"input_ids": [1], "label": 1}, {"input_ids": [2], "label": None}], r"'label' makes no tensor .row 1 .*null"),
+        ([{"input_ids": [1], "label": None}, {"input_ids": [2], "label": 1}], r"'label' makes no tensor .row 0 .*null"),
+        ([{"input_ids": [1], "label": None}], r"'label' makes no tensor .row 0 of the batch: it is null"),
+        ([{"input_ids": [1], "label": "cat"}, {"input_ids": [2], "label": "dog"}], r"'label' makes no tensor.*'cat'"),
+        ([{"input_ids": [1]}, {"input_ids": ["x"]}], r"field 'input_ids' makes no tensor .row 1 .*'x'"),
+        ([{"input_ids": [1]}, {"input_ids": None}], r"field 'input_ids' makes no tensor .row 1 .*it is null"),
+        ([{"input_ids": None}, {"input_ids": [1]}], r"field 'input_ids' makes no tensor .row 0 .*it is null"),
+        ([{"input_ids": [1]}, {"input_ids": 3}], r"field 'input_ids' makes no tensor .row 1 .*it is no list but int"),
+        ([{"input_ids": [1]}, {"input_ids": [2**63]}], r"field 'input_ids' makes no tensor .row 1 "),
+        ([{"input_ids": [1], "label": 2**63}], r"field 'label' makes no tensor .row 0 .*64 bits"),
+        ([{"input_ids": [1], "label": 1}, {"input_ids": [1], "label": [1]}], r"'label' makes no tensor .row 1 "),
+        ([{"input_ids": [1], "extra": {"a": 1}}], r"field 'extra' makes no tensor .row 0 "),
+        ([[1, 2], [3]], r"a row must be a mapping of fields. Received: list \[1, 2\]"),
         ([{"input_ids": [[1], [1, 2]]}, {"input_ids": [[1], [2]]}], "field 'input_ids' makes no tensor"),
     ],
 )
@@ -146,6 +159,102 @@ def test_the_run_brings_the_tokenizer_or_the_plan_says_so(tokenizer):
     ]
     with pytest.raises(PlanError, match="'pad' requires 'processor'"):
         Trainer(torch.nn.Linear(1, 1), [Pad(), SGD()], steps=1).fit([{"input_ids": [1]}])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_real_rows_equal_transformers(side, form):
+    """Tokenized docstrings make the batches of DataCollatorWithPadding, as lists, arrays, tensors and columns."""
+    from transformers import DataCollatorWithPadding
+
+    rows, make = docstring_rows(), collator(minilm(side), multiple=8)
+    theirs = DataCollatorWithPadding(minilm(side), pad_to_multiple_of=8)
+    for start in range(0, len(rows), 7):
+        batch = rows[start : start + 7]
+        assert_same_batch(make(in_form(batch, form)), dict(theirs(copy.deepcopy(batch))))
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=token_rows(labels=lambda _: st.integers(-5, 5) | st.floats(-2, 2, width=32)), multiple=st.integers(1, 9))
+def test_any_rows_equal_transformers(rows, multiple):
+    """Whatever the lengths, masks and labels, lists and columns make the batch of DataCollatorWithPadding."""
+    from transformers import DataCollatorWithPadding
+
+    theirs = dict(DataCollatorWithPadding(minilm(), pad_to_multiple_of=multiple)(copy.deepcopy(rows)))
+    for form in ("lists", "table"):
+        assert_same_batch(collator(minilm(), multiple)(in_form(rows, form)), theirs)
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_fixed_length_equals_transformers(multiple):
+    """With a length every batch has that width, in multiples; a longer row is refused by name."""
+    from transformers import DataCollatorWithPadding
+
+    rows = [row for row in docstring_rows() if len(row["input_ids"]) <= 50]
+    make = Pad(minilm(), length=50, multiple=multiple).build_collator(cpu_run())
+    theirs = DataCollatorWithPadding(minilm(), "max_length", 50, pad_to_multiple_of=multiple)(copy.deepcopy(rows))
+    assert_same_batch(make(rows), dict(theirs))
+    with pytest.raises(DataError, match=r"pad: field 'input_ids': row 1 of the batch has 51 items.*length of 50"):
+        make([{"input_ids": [1]}, {"input_ids": [1] * 51}])
+
+
+@pytest.mark.parametrize("labels", [[0.0, 1.0, 0.5], [0, 1, 1]])
+def test_labels_of_several_classes_are_stacked(labels):
+    """A row's label of one number a class is not padded, whatever the multiple."""
+    rows = [{"input_ids": [1, 2], "labels": labels}, {"input_ids": [3], "labels": labels[::-1]}]
+    for form in FORMS:
+        made = collator(minilm(), multiple=8)(in_form(rows, form))["labels"]
+        assert torch.equal(made, torch.tensor([labels, labels[::-1]]))
+
+
+def test_numbers_are_int64_or_float32():
+    """Labels have the types losses take, whatever the rows have: narrow, wide, numpy's, booleans or tensors."""
+    cases = {torch.int64: [np.int8(1), np.uint16(0), 1, True, torch.tensor(1)], torch.float32: [np.float64(1), 0.5]}
+    for dtype, values in cases.items():
+        for value in values:
+            rows = [{"input_ids": [1], "label": value}, {"input_ids": [2], "label": value}]
+            made = collator(minilm())(rows)["labels"]
+            assert made.dtype == dtype
+            assert made.tolist() == [float(value)] * 2
+    table = Table({"input_ids": Table.of([{"a": [1]}, {"a": [2]}]).columns["a"], "label": np.array([1, 0], np.int32)})
+    assert collator(minilm())(table)["labels"].dtype == torch.int64
+
+
+def test_arrays_of_equal_shape_are_stacked():
+    """A field that holds arrays of several dimensions is stacked; unequal shapes are refused."""
+    boxes = [np.arange(6, dtype=np.float64).reshape(2, 3), np.ones((2, 3))]
+    rows = [{"input_ids": [1], "boxes": box} for box in boxes]
+    assert torch.equal(collator(minilm())(rows)["boxes"], torch.tensor(np.stack(boxes), dtype=torch.float32))
+    rows[1]["boxes"] = np.ones((3, 3))
+    with pytest.raises(DataError, match=r"field 'boxes' makes no tensor.*\(2, 3\).*\(3, 3\)"):
+        collator(minilm())(rows)
+
+
+def test_no_form_of_rows_is_changed():
+    """Lists, arrays, tensors and columns hold the same after collating, also when the batch is overwritten."""
+    assert_input_unchanged(collator(minilm(), multiple=4), docstring_rows(8))
+    ragged = [{"input_ids": [1, 2], "labels": [1, 0]}, {"input_ids": [3], "labels": [2]}]
+    assert_input_unchanged(collator(minilm()), ragged)
+
+
+def test_slice_of_a_table_is_collated_where_it_stands():
+    """Columns whose offsets do not begin at zero make the same batch as their rows."""
+    rows = docstring_rows(9)
+    whole = Table.of(rows)
+    later = {k: Ragged(c.values, c.offsets[4:]) if isinstance(c, Ragged) else c[4:] for k, c in whole.columns.items()}
+    assert_same_batch(collator(minilm())(Table(later)), collator(minilm())(rows[4:]))
+
+
+def test_a_run_names_the_bad_row():
+    """In a run the error has the split and the row's number, not only the place in a batch."""
+    rows = [{"input_ids": [1, 2], "label": 0} for _ in range(12)]
+    rows[9] = {"input_ids": [1, 2], "label": None}
+    trainer = Trainer(torch.nn.Linear(1, 1), [Pad(minilm()), Loader(4), SGD()], steps=3, device="cpu")
+    run = trainer.assemble(rows)
+    with pytest.raises(
+        DataError, match=r"train row 9: pad: field 'label' makes no tensor .row 0 of the batch: it is null"
+    ):
+        list(run.micros("train"))
 
 
 def test_padding_does_not_change_training(tokenizer):
