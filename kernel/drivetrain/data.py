@@ -116,6 +116,9 @@ class Fetch:
                 except Exception:  # noqa: BLE001 - one of them; which one is found below
                     log.debug("%s rows %s cannot be fetched together", self.split, indices.tolist())
                 else:
+                    if len(rows) != len(indices):
+                        got = f"__getitems__ returned {len(rows)} rows for {indices.tolist()[:16]}"
+                        raise DataError(f"{self.split} rows: {type(dataset).__name__}.{got}")
                     return rows
             picked: list[Any] = []
             for index in indices.tolist():
@@ -135,10 +138,11 @@ class Fetch:
             return Micro(None, 0, 0)
         if self.collate is stack and hasattr(self.dataset, "gather"):
             batch = self.dataset.gather(indices)
-            for check in self.checks:
-                check(batch)
-            items = self.count(batch)
-            return Micro(batch, len(indices), len(indices) if items is None else items)
+            with contextlib.suppress(DataError):  # a check's: which row it is, is found below
+                for check in self.checks:
+                    check(batch)
+                items = self.count(batch)
+                return Micro(batch, len(indices), len(indices) if items is None else items)
         return self.make(self.rows(indices, epoch), indices.tolist(), epoch, position)
 
     def make(self, rows: Sequence[Any], numbers: Sequence[int], epoch: int, position: int) -> Micro:

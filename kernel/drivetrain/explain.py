@@ -67,27 +67,42 @@ def plugin_frames(error: BaseException, run: Run) -> list[str]:
     return notes[-1:] or [f"in step {run.progress.step}"]
 
 
-def sift(fetch: Fetch, rows: Sequence[Any], numbers: Sequence[int], error: Exception) -> tuple[list[Any], list[str]]:
+def sift(fetch: Fetch, rows: Sequence[Any], numbers: Sequence[int], error: Exception | None) -> tuple[Any, list[str]]:
     """Find the rows that make no batch even alone; return the others and what is wrong with these.
 
     Raises:
         DataError: a row is bad and `fetch` does not tolerate it, or each is sound but together they make no batch.
     """
-    sound: list[Any] = []
+    whole = hasattr(rows, "take_rows")
+    sound: list[int] = []
     bad: list[str] = []
-    for row, number in zip(rows, numbers, strict=True):
+    for place, (row, number) in enumerate(zip(rows, numbers, strict=True)):
         try:
             if isinstance(row, BadRow):
                 raise DataError(row.reason)  # noqa: TRY301 - a row that was found bad before is one like others
-            fetch.batch([row], 0, 0)
+            fetch.batch(rows[place : place + 1] if whole else [row], 0, 0)
         except Exception as alone:
             told = str(alone) if isinstance(alone, DataError) else f"{type(alone).__name__}: {alone}"
             bad.append(told if isinstance(row, BadRow) else f"{fetch.split} row {number}: {told}")
             if not fetch.tolerant:
                 raise DataError(bad[0]) from alone
         else:
-            sound.append(row)
-    if not bad:
+            sound.append(place)
+    kept: Any = rows
+    if bad:
+        kept = rows.take_rows(sound) if whole else [rows[place] for place in sound]  # type: ignore[attr-defined]
+        error = _together(fetch, kept)
+    if error is not None:
         told = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
-        raise DataError(f"{fetch.split} rows {list(numbers)[:16]} make no batch: {told}") from error
-    return sound, bad
+        raise DataError(f"{fetch.split} rows {[numbers[p] for p in sound[:16]]} make no batch: {told}") from error
+    return kept, bad
+
+
+def _together(fetch: Fetch, rows: Sequence[Any]) -> Exception | None:
+    """Return what keeps rows from making a batch that each make one alone."""
+    try:
+        if len(rows):
+            fetch.batch(rows, 0, 0)
+    except Exception as error:  # noqa: BLE001 - whatever a collator raises for them
+        return error
+    return None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from drivetrain import ConfigError, Problem, hookimpl, option, plugin, require
+from drivetrain_plugins.model._batch_checks import checks_for
 
 if TYPE_CHECKING:
     from drivetrain import Run
@@ -85,3 +86,8 @@ class HFModel:
             ) from error
         run.shifted_labels = self.task == "causal-lm"
         return model
+
+    @hookimpl
+    def batch_checks(self, run: Run) -> list[Any]:
+        """Refuse ids that the embedding does not have, and labels that the head does not have."""
+        return checks_for(run.model, self.task)
