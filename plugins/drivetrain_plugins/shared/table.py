@@ -105,7 +105,7 @@ class Table(Sequence[dict[str, Any]]):
         return {name: column[index] for name, column in self.columns.items()}
 
     def take(self, indices: Any) -> Table:
-        """Return the rows at `indices`, int (B,)."""
+        """Return the rows at `indices`, int (B,); integers become int64, floats float32, as batches have them."""
         chosen = np.asarray(indices, dtype=np.int64)
         return Table({name: _take(column, chosen) for name, column in self.columns.items()})
 
@@ -146,5 +146,6 @@ def _joined(columns: list[Any]) -> Any:
 
 def _take(column: Any, indices: np.ndarray[Any, Any]) -> Any:
     if isinstance(column, np.ndarray):
-        return column[indices]
+        taken = column[indices]
+        return taken.astype(_kept(taken.dtype), copy=False) if taken.dtype.kind in "iuf" else taken
     return column.take(indices) if hasattr(column, "take") else [column[i] for i in indices.tolist()]
