@@ -66,7 +66,8 @@ def _column(column: Any, pa: Any) -> Any:
 
 
 def _ragged(chunk: Any, *, fixed: bool) -> Ragged:
+    values = chunk.flatten().to_numpy()  # of a slice, those of its rows
     if fixed:
-        size = chunk.type.list_size
-        return Ragged(chunk.flatten().to_numpy(), np.arange(len(chunk) + 1, dtype=np.int64) * size)
-    return Ragged(chunk.values.to_numpy(), chunk.offsets.to_numpy().astype(np.int64))
+        return Ragged(values, np.arange(len(chunk) + 1, dtype=np.int64) * chunk.type.list_size)
+    offsets = chunk.offsets.to_numpy().astype(np.int64)
+    return Ragged(values, offsets - offsets[0])
