@@ -49,7 +49,8 @@ def environment(run: Run) -> dict[str, Any]:
 def differences(manifest: dict[str, Any], run: Run, ties: dict[str, str]) -> list[str]:
     """Return a line for each difference after which the run would not be the one that was saved.
 
-    Plugins that only observe may come, go and change.
+    Plugins that only observe may come, go and change, and so may the options that a plugin names in `free_options`,
+    such as how many processes make its batches.
     """
     then, now = _changing(manifest["plugins"]), _changing(plugin_list(run))
     lines = [f"- {name} {_brief(then[name])}" for name in then if name not in now]
@@ -57,7 +58,8 @@ def differences(manifest: dict[str, Any], run: Run, ties: dict[str, str]) -> lis
     for name in (n for n in then if n in now):
         old, new = _flat(then[name]), _flat(now[name])
         pairs = ((key, old.get(key, "absent"), new.get(key, "absent")) for key in sorted(old.keys() | new.keys()))
-        lines += [f"~ {name}: {key} was {a!r}, is {b!r}" for key, a, b in pairs if a != b]
+        free = getattr(run.plugins[name], "free_options", ())
+        lines += [f"~ {name}: {key} was {a!r}, is {b!r}" for key, a, b in pairs if a != b and key not in free]
     order = [[n for n in names if n in then and n in now] for names in (then, now)]
     if order[0] != order[1]:
         lines.append(f"~ order: was {', '.join(order[0])}; is {', '.join(order[1])}")

@@ -54,7 +54,7 @@ class How:
 
 @attrs.frozen
 class Request:
-    """What a worker makes a batch of: arguments of its maker, and the row numbers, for messages."""
+    """What a worker makes a batch of: arguments of its maker, and for messages the row numbers, or a range to read."""
 
     arguments: Any
     rows: Any
@@ -268,7 +268,7 @@ class Crew:
 
     def _told(self, worker: _Worker, kind: type[BaseException], text: str, trace: str, rows: Any) -> None:
         """Raise what a worker raised."""
-        where = f"{self._who(worker)}, making the batch of rows {_shown(rows)}"
+        where = f"{self._who(worker)}, {_doing(rows)}"
         if issubclass(kind, DrivetrainError):
             error: DrivetrainError = kind(text)
             error.add_note(f"in {where}")
@@ -280,7 +280,7 @@ class Crew:
     def _lost(self, worker: _Worker, *, hung: bool = False) -> None:
         """Raise what became of a worker that does not answer; the others end, too."""
         how, process = self._how, worker.process
-        who, rows = self._who(worker), _shown(worker.owed[0])
+        who, doing = self._who(worker), _doing(worker.owed[0])
         if hung:
             what, do = f"gave nothing for {how.timeout_s:g} seconds", "A slow one needs a larger timeout_s"
             process.kill()
@@ -295,7 +295,7 @@ class Crew:
                 do = "Its own output says why; a script needs `if __name__ == '__main__':` where processes are spawned"
         self.close()
         raise TrainingError(
-            f"loader: {who} {what}, making the batch of rows {rows}. {do}. "
+            f"loader: {who} {what}, {doing}. {do}. "
             f"Received: workers={how.workers}, prefetch={how.prefetch}, timeout_s={how.timeout_s:g}"
         )
 
@@ -308,9 +308,11 @@ def _close(*ends: Connection | Mailbox) -> None:
         end.close()
 
 
-def _shown(rows: Any) -> str:
-    numbers = [int(row) for row in rows[: SHOWN + 1]]
-    return f"{numbers}" if len(numbers) <= SHOWN else f"[{', '.join(map(str, numbers[:SHOWN]))}, ...]"
+def _doing(rows: Any) -> str:
+    if isinstance(rows, range):
+        return f"reading rows {rows.start} to {rows.stop - 1}"
+    numbers = [int(row) for row in rows[:SHOWN]]
+    return f"making the batch of rows [{', '.join(map(str, numbers))}{', ...' if len(rows) > SHOWN else ''}]"
 
 
 @attrs.define(eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import attrs
 import torch
@@ -42,11 +42,11 @@ class StreamInWorkers(Streamed):
 
     def _requests(self, opening: tuple[int, int, Any]) -> Iterator[Request]:
         """Ask every worker to open the stream, then each for its next batch, until one says that it is over."""
-        first = opening[1] + self.rank * self.batch_size
+        workers, whole = self.crews.how.workers, self.batch_size * self.world_size
         for number in itertools.count():
-            row = first + number * self.batch_size * self.world_size
-            arguments = opening if number < self.crews.how.workers else None
-            yield Request(arguments, range(row, row + self.batch_size))
+            # It has read the batch after its last one, to know whether there is any, and reads the one after this.
+            rows = range(opening[1] + max(0, number - workers + 2) * whole, opening[1] + (number + 2) * whole)
+            yield Request(opening if number < workers else None, rows)
 
 
 @attrs.frozen
@@ -59,7 +59,8 @@ class OnTheHost:
         Raises:
             DataError: one lies on a device, or requires a gradient.
         """
-        for name, value in batch.items() if hasattr(batch, "items") else enumerate(batch):
+        parts = batch if isinstance(batch, (list, tuple)) else [batch]
+        for name, value in batch.items() if hasattr(batch, "items") else enumerate(parts):
             if isinstance(value, torch.Tensor) and (value.device.type != "cpu" or value.requires_grad):
                 do = "Collate on the CPU, without gradients: the loop moves each batch when its turn comes"
                 received = f"a tensor on {value.device}, requires_grad={value.requires_grad}"
@@ -69,6 +70,8 @@ class OnTheHost:
 @plugin(role="data", example={"batch_size": 4})
 class Loader:
     """Set batch size and worker processes; the order of rows depends on neither."""
+
+    free_options: ClassVar = ("workers", "prefetch", "timeout_s", "pin_memory", "persistent", "start_method")
 
     batch_size: int | None = option(None, ge=1, help="rows of a micro-batch, for each rank; None takes 8")
     evaluate_batch_size: int | None = option(None, ge=1, help="rows of an evaluation batch; None takes batch_size")
