@@ -33,7 +33,7 @@ class CausalLMCollator:
     role="collate",
     provides=["padding"],
     rows="sequences",
-    companions={"hf-model": {"path": "{kit}/model", "task": "causal-lm", "arguments": {"is_decoder": True}}},
+    companions={"hf-model": {"path": "{kit}/causal", "task": "causal-lm"}},
 )
 class CausalLM:
     """Pad token rows for next-token prediction: labels are the ids, and -100 on padding only.

@@ -85,7 +85,12 @@ def perm_mask(picked: torch.Tensor, ordinary: torch.Tensor, half: torch.Tensor) 
     return ((order[:, :, None] <= order[:, None, :]) & picked[:, None, :]).float()
 
 
-@plugin(role="collate", provides=["padding"], rows="sequences")
+@plugin(
+    role="collate",
+    provides=["padding"],
+    rows="sequences",
+    companions={"hf-model": {"path": "{kit}/xlnet", "task": "causal-lm"}},
+)
 class PermutationLM:
     """Predict spans of tokens in a random order of factorisation, for XLNet.
 

@@ -129,7 +129,13 @@ def _types(ids: Ragged, after: Ragged) -> Ragged:
     return Ragged((place >= np.repeat(lengths - after.lengths - 1, lengths)).astype(np.int64), ids.offsets)
 
 
-@plugin(role="collate", provides=["padding"], rows="sentences")
+@plugin(
+    role="collate",
+    provides=["padding"],
+    rows="sentences",
+    example={"probability": 0.0, "label": "labels", "max_length": 32},
+    companions={"hf-model": {"path": "{kit}/model"}},
+)
 class SentenceOrder:
     """Make pairs of consecutive segments, half of them swapped, with masked tokens on top: what ALBERT is trained on.
 

@@ -166,7 +166,13 @@ def _checked(messages: Any, field: str) -> list[Any]:
     return list(messages)
 
 
-@plugin(role="data", requires=["processor", "padding"], example={"max_length": 32}, rows="messages")
+@plugin(
+    role="data",
+    requires=["processor", "padding"],
+    example={"max_length": 32},
+    companions={"hf-model": {"path": "{kit}/causal", "task": "causal-lm"}, "causal-lm": {}},
+    rows="messages",
+)
 class ChatTemplate:
     """Turn conversations into token ids with the model's chat template, and tell which tokens were answered.
 
