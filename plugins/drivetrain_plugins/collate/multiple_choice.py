@@ -78,7 +78,14 @@ def _same_count(values: Sequence[Any], name: str, choices: int) -> int:
     return wanted
 
 
-@plugin(role="collate", provides=["padding"])
+@plugin(
+    role="collate",
+    provides=["padding"],
+    rows="choices",
+    companions={
+        "hf-model": {"path": "{kit}/model", "task": "multiple-choice", "arguments": {"ignore_mismatched_sizes": True}}
+    },
+)
 class MultipleChoice:
     """Pad rows of several candidates each to (rows, candidates, tokens)."""
 

@@ -92,7 +92,12 @@ def _is_number(values: Any) -> bool:
     return isinstance(values, list) and not is_empty(values)
 
 
-@plugin(role="collate", provides=["padding"])
+@plugin(
+    role="collate",
+    provides=["padding"],
+    rows="preferences",
+    companions={"hf-model": {"path": "{kit}/model", "task": "causal-lm", "arguments": {"is_decoder": True}}},
+)
 class PreferencePairs:
     """Pad pairs of a chosen and a rejected answer as one batch, chosen first (as DPO trainers take them).
 

@@ -113,7 +113,12 @@ class Seq2SeqCollator:
         return batch
 
 
-@plugin(role="collate", provides=["padding"])
+@plugin(
+    role="collate",
+    provides=["padding"],
+    rows="pairs",
+    companions={"hf-model": {"path": "{kit}/seq2seq", "task": "seq2seq-lm"}},
+)
 class Seq2Seq:
     """Pad sources with the tokenizer's padding id and targets with -100; make the decoder's inputs."""
 

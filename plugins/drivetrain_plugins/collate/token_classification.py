@@ -57,7 +57,12 @@ def _checked(ids: Any, name: str, labels: Any) -> Ragged:
     return labels
 
 
-@plugin(role="collate", provides=["padding"])
+@plugin(
+    role="collate",
+    provides=["padding"],
+    rows="tagged",
+    companions={"hf-model": {"path": "{kit}/model", "task": "token-classification"}},
+)
 class TokenClassification:
     """Pad each batch of token rows to its longest, and the labels of the tokens beside them."""
 

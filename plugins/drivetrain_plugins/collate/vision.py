@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 from collections.abc import Mapping
@@ -17,11 +18,17 @@ from drivetrain_plugins.collate._padding import LABELS, Padding, column, fields,
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from types import ModuleType
 
     from drivetrain import Run
 
 CHANNELS = (1, 3, 4)
 RESAMPLE = ("nearest", "bilinear", "bicubic", "lanczos")
+
+
+@functools.cache
+def _pil(module: str) -> ModuleType:
+    return require(f"PIL.{module}", extra="vision", plugin="vision")
 
 
 def open_image(value: Any) -> Any:
@@ -35,7 +42,7 @@ def open_image(value: Any) -> Any:
         TypeError: it is nothing of that.
         Exception: whatever PIL raises for a damaged file.
     """
-    library = require("PIL.Image", extra="vision", plugin="vision")
+    library = _pil("Image")
     if isinstance(value, library.Image):
         return value
     if isinstance(value, Mapping):
@@ -49,9 +56,9 @@ def open_image(value: Any) -> Any:
 
 
 def _decoded(file: Any) -> Any:
-    image = require("PIL.Image", extra="vision", plugin="vision").open(file)
+    image = _pil("Image").open(file)
     image.load()  # now, while the file is open, and where an error can be told
-    return require("PIL.ImageOps", extra="vision", plugin="vision").exif_transpose(image)
+    return _pil("ImageOps").exif_transpose(image)
 
 
 def _pixels(value: Any) -> np.ndarray[Any, Any]:
@@ -87,7 +94,7 @@ class Resized:
             DataError: the images differ in size, and no size was given.
         """
         if self.size is not None:
-            how = getattr(require("PIL.Image", extra="vision", plugin="vision").Resampling, self.resample.upper())
+            how = getattr(_pil("Image").Resampling, self.resample.upper())
             images = [image.resize(self.size[::-1], how) for image in images]
         if len(sizes := {image.size[::-1] for image in images}) > 1:
             raise DataError(
@@ -149,7 +156,7 @@ class VisionCollator:
         images = [self._opened(place, value) for place, value in enumerate(raw(rows, self.image))]
         if self.flip:
             draws = torch.rand(len(images), generator=generator).tolist()
-            side = require("PIL.Image", extra="vision", plugin="vision").Transpose.FLIP_LEFT_RIGHT
+            side = _pil("Image").Transpose.FLIP_LEFT_RIGHT
             images = [i.transpose(side) if draw < self.flip else i for i, draw in zip(images, draws, strict=True)]
         batch = {"pixel_values": self.prepare(images)}
         label = next((name for name in (self.label, *LABELS) if name in names), None)
@@ -170,7 +177,7 @@ class VisionCollator:
             ) from error
 
 
-@plugin(role="collate")
+@plugin(role="collate", example={"flip": 0.5}, rows="images")
 class Vision:
     """Turn images into pixel values with the model's image processor, or by size, mean, std and scale."""
 
@@ -188,7 +195,7 @@ class Vision:
     @hookimpl
     def build_collator(self, run: Run, split: str) -> Callable[..., Any]:
         """Take the processor, or the options where there is none or they are given; flip in training only."""
-        require("PIL.Image", extra="vision", plugin="vision")
+        _pil("Image")
         flip = self.flip if split == "train" else 0.0
         stream = "vision" if flip else None
         return VisionCollator(self.image, self.label, self.mode, _preparation(self, run), flip, stream)
