@@ -33,7 +33,7 @@ class CausalLMCollator:
     role="collate",
     provides=["padding"],
     rows="sequences",
-    companions={"hf-model": {"path": "{kit}/causal", "task": "causal-lm"}},
+    companions={"hf-model": {"path": "{kit}/causal", "task": "causal-lm"}, "causal-lm-loss": {}},
 )
 class CausalLM:
     """Pad token rows for next-token prediction: labels are the ids, and -100 on padding only.

@@ -114,7 +114,7 @@ def _find(ids: Ragged, wanted: Sequence[int]) -> Array:
     role="collate",
     provides=["padding"],
     rows="completions",
-    companions={"hf-model": {"path": "{kit}/causal", "task": "causal-lm"}},
+    companions={"hf-model": {"path": "{kit}/causal", "task": "causal-lm"}, "causal-lm-loss": {}},
 )
 class CompletionOnly:
     """Learn the answers and not the prompts: labels are -100 outside of completions.

@@ -170,7 +170,7 @@ def _checked(messages: Any, field: str) -> list[Any]:
     role="data",
     requires=["processor", "padding"],
     example={"max_length": 32},
-    companions={"hf-model": {"path": "{kit}/causal", "task": "causal-lm"}, "causal-lm": {}},
+    companions={"hf-model": {"path": "{kit}/causal", "task": "causal-lm"}, "causal-lm": {}, "causal-lm-loss": {}},
     rows="messages",
 )
 class ChatTemplate:
