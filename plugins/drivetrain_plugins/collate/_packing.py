@@ -51,21 +51,21 @@ def token_columns(rows: Sequence[Any], *, plugin: str) -> dict[str, Ragged]:
 
 
 def _start(values: Any) -> str:
-    return repr([v.tolist() if hasattr(v, "tolist") else v for v in (values[i] for i in range(min(3, len(values))))])[
-        :200
-    ]
+    first = [values[number] for number in range(min(3, len(values)))]
+    return repr([value.tolist() if hasattr(value, "tolist") else value for value in first])[:200]
 
 
 def flat(lists: Ragged) -> np.ndarray[Any, Any]:
     """Return the values of all lists (T,)."""
-    values: np.ndarray[Any, Any] = lists.values[lists.offsets[0] : lists.offsets[-1]]
+    values: np.ndarray[Any, Any] = lists.values[int(lists.offsets[0]) : int(lists.offsets[-1])]
     return values
 
 
 def positions(lengths: np.ndarray[Any, Any], start: int) -> np.ndarray[Any, Any]:
     """Return each token's position in its sample, int64 (T,), counted from `start`."""
     begins = np.cumsum(lengths) - lengths
-    return np.arange(int(lengths.sum()), dtype=np.int64) - np.repeat(begins, lengths) + start
+    found: np.ndarray[Any, Any] = np.arange(int(lengths.sum()), dtype=np.int64) - np.repeat(begins, lengths) + start
+    return found
 
 
 def extra_arguments(model: Any, *, positions_only: bool) -> dict[str, Any]:

@@ -60,6 +60,7 @@ class FlattenCollator:
 @plugin(
     role="collate",
     provides=["padding"],
+    rows="sequences",
     companions={"hf-model": {"path": "{kit}/causal", "task": "causal-lm"}},
 )
 class Flatten:

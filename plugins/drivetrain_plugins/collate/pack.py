@@ -101,6 +101,7 @@ class PackCollator:
 @plugin(
     role="collate",
     provides=["padding"],
+    rows="sequences",
     example={"tokens": 32},
     companions={"hf-model": {"path": "{kit}/causal", "task": "causal-lm"}},
 )

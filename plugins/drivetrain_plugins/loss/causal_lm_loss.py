@@ -26,7 +26,11 @@ if TYPE_CHECKING:
     from drivetrain import Micro, Run
 
 
-@plugin(role="loss")
+@plugin(
+    role="loss",
+    rows="sequences",
+    companions={"causal-lm": {}, "hf-model": {"path": "{kit}/causal", "task": "causal-lm"}},
+)
 class CausalLMLoss:
     """Compute the cross-entropy of position i's logits (B, L, V) and label i + 1, whatever the model's own loss does.
 

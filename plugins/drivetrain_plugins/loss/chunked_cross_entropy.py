@@ -40,7 +40,8 @@ class Hidden(dict[str, Any]):
 @plugin(
     role="loss",
     conflicts=["accuracy"],
-    companions={"hf-model": {"path": "{kit}/model", "task": "token-classification"}},
+    rows="sequences",
+    companions={"causal-lm": {}, "hf-model": {"path": "{kit}/causal", "task": "causal-lm"}},
 )
 class ChunkedCrossEntropy:
     """Compute the cross-entropy a chunk of tokens at a time; backward computes each chunk's logits again.

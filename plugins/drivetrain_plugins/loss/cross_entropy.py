@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from drivetrain import Micro, Run
 
 
-@plugin(role="loss")
+@plugin(role="loss", rows="tokens")
 class CrossEntropy:
     """Compute the cross-entropy of the model's logits (..., C) and the batch's labels (...).
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from drivetrain import Micro, Run
 
 
-@plugin(role="loss")
+@plugin(role="loss", rows="tokens")
 class LabelSmoothing:
     """Compute (1 - epsilon) times the cross-entropy plus epsilon times the mean of -log p over all classes.
 

@@ -37,7 +37,7 @@ class Counted:
         return number
 
 
-@plugin(role="loss", example={"function": "kit_module:loss"})
+@plugin(role="loss", example={"function": "kit_module:loss"}, rows="tokens")
 class LossFunction:
     """Call a function of the model's outputs and the batch that returns the mean loss over the batch's items.
 

@@ -22,7 +22,7 @@ def count_rows(batch: Any) -> None:  # noqa: ARG001 - a count takes the batch
     return
 
 
-@plugin(role="loss")
+@plugin(role="loss", rows="tokens")
 class ModelLoss:
     """Take the mean loss that the model returns (the default, by name).
 

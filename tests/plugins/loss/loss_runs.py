@@ -92,9 +92,9 @@ def arrangements(pad, packed=True):
     return made
 
 
-def step_gradient(model, rows, loss, size, windows, collate):
+def step_gradient(model, rows, loss, way):
     """Return the gradient and the loss of one step over all rows."""
-    keep = Gradient()
+    (size, windows, collate), keep = way, Gradient()
     plugins = [collate, ("loss", loss), Loader(batch_size=size), Accumulate(windows), SGD(lr=0.1), keep]
     Trainer(model, plugins, steps=1, device="cpu").fit(rows)
     return keep.steps[0], keep.losses[0]

@@ -97,7 +97,7 @@ def test_every_arrangement_gives_the_gradient_by_hand_in_float64(case):
     if kind != "gpt2":  # a model that looks both ways needs the mask of `pack`
         ways = {name: way for name, way in ways.items() if "flattened" not in name}
     for name, way in ways.items():
-        gradient, value = step_gradient(made(kind, torch.float64), rows, loss(), *way)
+        gradient, value = step_gradient(made(kind, torch.float64), rows, loss(), way)
         assert distance(gradient, wanted) < 1e-12, name
         assert value == pytest.approx(mean, rel=1e-12), name
 
@@ -110,7 +110,7 @@ def test_every_arrangement_gives_the_same_gradient_in_float32(case):
     wanted, _ = by_hand(made(kind, torch.float64), rows, items)
     ways = arrangements(padding)
     for name in ("one row at a time", "ragged windows", "packed", *(["flattened"] if kind == "gpt2" else [])):
-        gradient, _ = step_gradient(made(kind, torch.float32), rows, loss(), *ways[name])
+        gradient, _ = step_gradient(made(kind, torch.float32), rows, loss(), ways[name])
         assert distance(gradient, wanted) < 1e-6, name
 
 
@@ -131,7 +131,7 @@ def test_binary_labels_of_whole_rows():
 
     wanted, mean = by_hand(model_of("classifier"), rows, items)
     for name, way in arrangements(padding, packed=False).items():
-        gradient, value = step_gradient(model_of("classifier"), rows, BCE(positive_weights=WEIGHTS), *way)
+        gradient, value = step_gradient(model_of("classifier"), rows, BCE(positive_weights=WEIGHTS), way)
         assert distance(gradient, wanted) < 1e-12, name
         assert value == pytest.approx(mean, rel=1e-12)
 
@@ -158,7 +158,7 @@ def test_last_windows_step_once_and_leak_nothing(streamed):
         assert keep.losses[number] == pytest.approx(mean, rel=1e-12)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter -= 0.1 * gradient.get(name, torch.zeros_like(parameter))
+                parameter.sub_(0.1 * gradient.get(name, torch.zeros_like(parameter)))
     for left, right in zip(ours.parameters(), model.parameters(), strict=True):
         assert torch.allclose(left, right, rtol=1e-12, atol=1e-14)
 
