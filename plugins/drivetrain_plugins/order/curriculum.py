@@ -40,7 +40,7 @@ class Faded:
         return torch.from_numpy(np.lexsort((drawn, (1 - chance) * self.easier + chance * drawn)))
 
 
-@plugin(role="order", example={"epochs": 2})
+@plugin(role="order", example={"epochs": 2}, rows="tokens", companions={"pad": {}})
 class Curriculum:
     """Train on easy rows first, and fade to a random order over `epochs` epochs; every row comes once in each.
 

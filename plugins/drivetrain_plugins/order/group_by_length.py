@@ -65,7 +65,7 @@ class ByLength:
         return torch.from_numpy(np.argsort(-self.lengths, kind="stable"))
 
 
-@plugin(role="order", example={"window": 16, "chunk": 4})
+@plugin(role="order", example={"window": 16, "chunk": 4}, rows="tokens", companions={"pad": {}})
 class GroupByLength:
     """Put rows of similar length into one batch: sort windows of the epoch's permutation by length.
 

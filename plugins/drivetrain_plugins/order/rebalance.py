@@ -123,7 +123,7 @@ class Balanced:
         return np.take_along_axis(rows, places, 1).ravel(), sizes.ravel()
 
 
-@plugin(role="order", conflicts=["batch-bounds"], example={"attention": 0.01})
+@plugin(role="order", conflicts=["batch-bounds"], example={"attention": 0.01}, rows="tokens", companions={"pad": {}})
 class Rebalance:
     """Deal out the rows of every step, so that its micro-batches cost the same on all ranks.
 

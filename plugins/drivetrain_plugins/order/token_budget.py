@@ -65,7 +65,13 @@ def cut(lengths: np.ndarray[Any, Any], tokens: int, max_rows: int | None) -> np.
     return np.array(cuts, np.int64)
 
 
-@plugin(role="order", provides=["batch-bounds"], example={"tokens": 64, "multiple": 2})
+@plugin(
+    role="order",
+    provides=["batch-bounds"],
+    example={"tokens": 64, "multiple": 2},
+    rows="tokens",
+    companions={"pad": {}},
+)
 class TokenBudget:
     """Cut micro-batches by padded tokens instead of rows: rows times the longest of them stays within `tokens`.
 
