@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from order_helpers import PadRows, Watch, loader_of, numbers_of, sampler_of, skewed, table, tagger
+from plugin_helpers import cpu_run
 
 from drivetrain import ConfigError, Trainer
 from drivetrain_plugins import SGD, Evaluate, Loader
@@ -174,3 +175,16 @@ def test_an_epoch_has_as_many_steps_as_batches():
     sizes = [size for epoch in (0, 1) for size in sampler.bounds(epoch).diff().tolist()]
     assert [rows for rows, _, _ in watch.steps] == sizes
     assert (trainer.run.progress.epoch, trainer.run.progress.rows) == (2, 2 * ROWS)
+
+
+def test_workers_make_empty_batches_too():
+    """A worker process gives a rank the batches that it gets without one, the empty one of the last round included."""
+    sampler = sampler_of(TokenBudget(tokens=128), table(ROWS))
+    fetch = loader_of(sampler).fetch
+    found = []
+    for workers in (0, 1):
+        run = cpu_run(rank=1, world_size=2)
+        batches = Loader(workers=workers).build_batches(run, "train", fetch, sampler)
+        found.append([(micro.num_rows, numbers_of(micro)) for micro in batches.iterate(1, int(sampler.bounds(1)[4]))])
+    assert found[0] == found[1]
+    assert found[0][-1] == (0, [])
