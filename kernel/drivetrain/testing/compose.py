@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from drivetrain.state import Run
 
 STEPS, SEED, WORDS = 6, 7, 6
+RAGGED = ("tokens", "targets", "flags")  # kinds that any padding collator takes
 
 
 def first_party(catalogue: Catalogue | None = None) -> list[str]:
@@ -167,6 +168,8 @@ def complete(  # noqa: C901 - one rule after the other
         add(provider("processor"))
     if sentences and "processor" in _words(named, "provides"):
         add("tokenize")
+    if kind in RAGGED and "data" in _words(named, "provides"):
+        add("pad")
     tried: set[str] = set()
     while missing := _words(named, "requires") - _words(named, "provides") - tried:
         for word in sorted(missing):

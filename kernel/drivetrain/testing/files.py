@@ -20,7 +20,9 @@ CHAT = (
     "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}{{ message.content }} [SEP] "
     "{% endgeneration %}{% else %}[CLS] {{ message.content }} {% endif %}{% endfor %}"
 )
-MODULE = '''"""Rows and a model, for plugins that take importable functions."""
+MODULE = '''"""Rows, a loss and a model, for plugins that take importable functions."""
+
+import torch
 
 from drivetrain.testing.files import DEV_ROWS, TRAIN_ROWS, TinyModule
 from drivetrain.testing.kinds import kit_rows
@@ -30,6 +32,11 @@ def rows(split, kind="text"):
     """Return rows of a kind."""
     made = {"train": (TRAIN_ROWS, 0), "evaluate": (DEV_ROWS, 1000)}.get(split)
     return None if made is None else kit_rows(kind, *made)
+
+
+def loss(outputs, batch):
+    """Return the mean cross-entropy."""
+    return torch.nn.functional.cross_entropy(outputs["logits"], batch["labels"])
 
 
 def build(dropout=0.1):
@@ -67,7 +74,7 @@ class TinyModule(torch.nn.Module):
         pixel_values: torch.Tensor | None = None,
         **_: Any,
     ) -> dict[str, torch.Tensor]:
-        """Return the mean loss and the logits (B, 3)."""
+        """Return the logits (B, 3), and the mean loss where there are labels."""
         if pixel_values is not None:
             x = torch.nn.functional.adaptive_avg_pool1d(pixel_values.mean((1, 2))[:, None], 8)[:, 0]
         device, dtype = self.project.weight.device, self.project.weight.dtype
@@ -90,7 +97,8 @@ class TinyModule(torch.nn.Module):
         if self.training:
             self.rows += len(logits)
         target = label if labels is None else labels
-        assert target is not None, "the batch has neither labels nor label"
+        if target is None:
+            return {"logits": logits}
         loss = torch.nn.functional.cross_entropy(logits, target)
         return {"loss": loss, "logits": logits}
 
@@ -198,7 +206,19 @@ _write_t5 = _writer(
     dropout_rate=0.1,
     decoder_start_token_id=0,
 )
-WRITERS: dict[str, Callable[[Path], None]] = {"model": _write_bert, "causal": _write_llama, "seq2seq": _write_t5}
+_write_xlnet = _writer(
+    "XLNetLMHeadModel",
+    "XLNetConfig",
+    d_model=16,
+    n_layer=2,
+    n_head=2,
+    d_inner=32,
+    dropout=0.1,
+    initializer_range=0.2,
+)
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "model": _write_bert, "causal": _write_llama, "seq2seq": _write_t5, "xlnet": _write_xlnet,
+}  # fmt: skip
 ENDINGS = {"-dataset": _write_dataset, ".jsonl": _write_jsonl, ".parquet": _write_parquet, ".txt": _write_text}
 
 

@@ -29,7 +29,14 @@ class Permuted:
         return [rows[i] for i in order.tolist()]
 
 
-@plugin(role="data", requires=["data"], example={"size": 16})
+@plugin(
+    role="data",
+    requires=["data"],
+    example={"size": 16},
+    companions={
+        "jsonl": {"train": "{kit}/{rows}-train.jsonl", "evaluate": "{kit}/{rows}-dev.jsonl", "stream": True},
+    },
+)
 class ShuffleBuffer:
     """Shuffle a training stream in blocks of `size` rows; going on reads one block again and is exact.
 

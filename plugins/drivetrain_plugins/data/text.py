@@ -52,7 +52,13 @@ def parse(raw: bytes, where: str) -> Any:
         return BadRow(f"{where}: no text in UTF-8 ({error}). Received: {start(raw)}")
 
 
-@plugin(role="data", provides=["data"], example={"train": "{kit}/text-train.txt", "evaluate": "{kit}/text-dev.txt"})
+@plugin(
+    role="data",
+    provides=["data"],
+    example={"train": "{kit}/train.txt", "evaluate": "{kit}/dev.txt"},
+    companions={"masked-lm": {}, "tokenize": {"label": None}, "hf-model": {"path": "{kit}/model", "task": "masked-lm"}},
+    rows="text",
+)
 class Text:
     """Read text files into rows {"text"}: a row a line, a paragraph (between blank lines) or a file."""
 
