@@ -51,7 +51,16 @@ class Columns(torch.utils.data.Dataset[Any]):
 
 
 def stack(rows: Sequence[Any]) -> Any:
-    """Make a batch of equally shaped rows: dicts, tuples, tensors or numbers (torch's default collation)."""
+    """Make a batch of equally shaped rows: dicts, tuples, tensors or numbers (torch's default collation).
+
+    Raises:
+        DataError: the rows have different fields, of which torch would take the first row's without a word.
+    """
+    if hasattr(rows[0], "keys") and any(row.keys() != rows[0].keys() for row in rows):
+        raise DataError(
+            "stack: the rows of a batch must have the same fields. "
+            f"Received: rows with {sorted({tuple(sorted(row)) for row in rows})}"
+        )
     return torch.utils.data.default_collate(list(rows))
 
 
@@ -117,8 +126,10 @@ class Fetch:
                     log.debug("%s rows %s cannot be fetched together", self.split, indices.tolist())
                 else:
                     if len(rows) != len(indices):
-                        got = f"__getitems__ returned {len(rows)} rows for {indices.tolist()[:16]}"
-                        raise DataError(f"{self.split} rows: {type(dataset).__name__}.{got}")
+                        raise DataError(
+                            f"{self.split} rows {indices.tolist()[:16]}: {type(dataset).__name__}.__getitems__ "
+                            f"returned {len(rows)} rows for {len(indices)}"
+                        )
                     return rows
             picked: list[Any] = []
             for index in indices.tolist():
