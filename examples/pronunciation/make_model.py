@@ -36,7 +36,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def configuration() -> PegasusConfig:
-    """Return an encoder-decoder that normalises before each layer: it learns to align where T5 and BART of its size stall."""
+    """Return a small encoder-decoder that normalises before each layer, which helps it to learn to align."""
     return PegasusConfig(
         vocab_size=len(SPECIAL) + len(LETTERS) + len(PHONEMES),
         d_model=96,

