@@ -31,7 +31,6 @@ class Permuted:
 
 @plugin(
     role="data",
-    requires=["data"],
     example={"size": 16},
     companions={
         "jsonl": {"train": "{kit}/{rows}-train.jsonl", "evaluate": "{kit}/{rows}-dev.jsonl", "stream": True},

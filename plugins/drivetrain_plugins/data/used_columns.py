@@ -102,7 +102,7 @@ class PickedRows:
         return [self.pick(row) for row in (whole(indices) if whole else [self.rows[i] for i in indices])]
 
 
-@plugin(role="data", requires=["data"], rows="tokens")
+@plugin(role="data", rows="tokens")
 class UsedColumns:
     """Drop the fields of the rows that the model's forward does not take, and say which; labels stay."""
 
