@@ -7,6 +7,7 @@ import json
 import datasets
 import pytest
 import torch
+from data_helpers import assert_goes_on, drain
 from plugin_helpers import CLASSES, FEATURES, fit, net
 
 from drivetrain import ConfigError, DataError
@@ -108,3 +109,66 @@ def test_files_that_cannot_be_read_are_refused(content, tmp_path):
     plugin = HFDataset("json", data_files={"train": str(tmp_path / "rows.jsonl")})
     with pytest.raises((ConfigError, DataError), match="split 'train' of 'json' cannot be loaded"):
         plugin.build_dataset("train")
+
+
+def test_plain_columns_are_read_where_arrow_has_them(saved):
+    """A set without formats or picked rows becomes columns over its memory, some of them if so asked."""
+    from drivetrain_plugins.shared.table import Ragged, Table
+
+    table = HFDataset(saved).build_dataset("train")
+    assert isinstance(table, Table)
+    assert isinstance(table.columns["features"], Ragged)
+    assert list(HFDataset(saved, columns=["labels"]).build_dataset("train")) == [{"labels": r["labels"]} for r in ROWS]
+    with pytest.raises(ConfigError, match=r"there is no column \['text'\]. 'train' has: \['features', 'labels'\]"):
+        HFDataset(saved, columns=["text"]).build_dataset("train")
+
+
+def test_sets_that_decode_or_pick_rows_stay_what_they_are(tmp_path):
+    """Images are decoded and picked rows are picked by the library itself."""
+    import numpy as np
+    from PIL import Image
+
+    pictures = [{"image": Image.fromarray(np.full((2, 2), n, np.uint8)), "labels": n} for n in range(3)]
+    made = datasets.Dataset.from_list(pictures)
+    picked = datasets.Dataset.from_list(ROWS).select([5, 3, 9])
+    datasets.DatasetDict({"train": made, "validation": picked}).save_to_disk(str(tmp_path / "saved"))
+    images = HFDataset(str(tmp_path / "saved")).build_dataset("train")
+    assert [np.asarray(row["image"]).tolist() for row in images] == [[[n, n], [n, n]] for n in range(3)]
+    assert list(HFDataset(str(tmp_path / "saved")).build_dataset("evaluate")) == [ROWS[n] for n in (5, 3, 9)]
+
+
+def test_named_evaluation_sets(saved):
+    """Several splits can be evaluated on, each under its name."""
+    plugin = HFDataset(saved, evaluate={"held": "validation", "seen": "train"})
+    assert plugin.facts == {"splits": ["evaluate/held", "evaluate/seen"]}
+    assert [len(plugin.build_dataset(f"evaluate/{name}")) for name in ("held", "seen")] == [5, 12]
+    assert plugin.build_dataset("evaluate") is None
+
+
+@pytest.mark.parametrize("source", ["saved", "json"])
+def test_a_streaming_set_goes_on_exactly(source, saved, tmp_path):
+    """The rows of a streaming set are those of the whole, from every position on, and each epoch starts at its first."""
+    if source == "saved":
+        plugin = HFDataset(saved, streaming=True)
+    else:
+        for part in (0, 1):
+            lines = "".join(json.dumps(row) + "\n" for row in ROWS[part * 6 : part * 6 + 6])
+            (tmp_path / f"rows{part}.jsonl").write_text(lines)
+        plugin = HFDataset("json", data_files={"train": str(tmp_path / "rows*.jsonl")}, streaming=True)
+    stream = plugin.build_dataset("train")
+    assert assert_goes_on(stream) == ROWS
+    _, position = drain(stream, count=5)
+    assert drain(stream, 0, position, count=2)[0] == ROWS[5:7]
+    assert drain(stream, 1)[0] == ROWS
+    some = HFDataset(saved, streaming=True, columns=["labels"]).build_dataset("train")
+    assert drain(some)[0] == [{"labels": row["labels"]} for row in ROWS]
+
+
+def test_two_readers_of_a_streaming_set_do_not_disturb_each_other(saved):
+    """Readers of one set, in turn, each keep their own place."""
+    stream = HFDataset(saved, streaming=True).build_dataset("train")
+    first, second = stream.open(0), stream.open(0)
+    taken = [next(reader) for reader in (first, first, second, first, second)]
+    assert taken == [ROWS[n] for n in (0, 1, 0, 2, 1)]
+    _, position = drain(stream, count=3)
+    assert first.position() == position
