@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from drivetrain.state import Run
 
 STEPS, SEED, WORDS = 6, 7, 6
+PREFERRED = {"padding": "pad", "data": "jsonl"}  # of the plugins that provide a word
 RAGGED = ("tokens", "targets", "flags")  # kinds that any padding collator takes
 
 
@@ -158,7 +159,7 @@ def complete(  # noqa: C901 - one rule after the other
 
     def provider(word: str) -> str | None:
         found = [n for n, cls in offered.items() if word in (n, *_declared(cls, "provides"))]
-        return word if word in found else next(iter(found), None)
+        return next((name for name in (PREFERRED.get(word), word, *found) if name in found), None)
 
     for name in wanted:
         add(name)
@@ -168,13 +169,13 @@ def complete(  # noqa: C901 - one rule after the other
         add(provider("processor"))
     if sentences and "processor" in _words(named, "provides"):
         add("tokenize")
-    if kind in RAGGED and "data" in _words(named, "provides"):
-        add("pad")
     tried: set[str] = set()
     while missing := _words(named, "requires") - _words(named, "provides") - tried:
         for word in sorted(missing):
             add(provider(word))
         tried |= missing
+        if kind in RAGGED and "data" in _words(named, "provides"):
+            add("pad")
     if "build_optimizer" not in owned(named.values()):
         named["base-optimizer"] = BaseOptimizer()
     provided = _words(named, "provides")

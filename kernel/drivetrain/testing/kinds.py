@@ -167,4 +167,7 @@ def kit_rows(kind: str, count: int, start: int = 0, words: int | None = None) ->
         return tensor_rows(count, start)
     if kind in ("text", "tokens"):
         return (text_rows if kind == "text" else token_rows)(count, start, words)
-    return [ROWS[kind](number, words) for number in range(start, start + count)]
+    rows = [ROWS[kind](number, words) for number in range(start, start + count)]
+    if words is not None and kind in ("targets", "flags"):
+        return [{name: torch.tensor(value) for name, value in row.items()} for row in rows]
+    return rows

@@ -218,6 +218,9 @@ class Exact:
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
+            for name, value in vars(module).items():  # attention often keeps its own rate
+                if "dropout" in name and isinstance(value, float):
+                    setattr(module, name, 0.0)
         return model.double()
 
 

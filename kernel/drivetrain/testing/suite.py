@@ -186,7 +186,7 @@ class PluginSuite:
             if workers and not own:
                 if "build_batches" in owned(made.plugins.values()):
                     pytest.skip("it makes the batches itself, and has no option `workers`")
-                made = made.adding(loader=example("loader", kit_folder, {"batch_size": 8, "workers": workers}))
+                made = made.adding(loader=example("loader", kit_folder, {"workers": workers}))
             return made
 
         straight = build().fit(tmp_path / "straight")

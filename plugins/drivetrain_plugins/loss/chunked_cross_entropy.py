@@ -47,7 +47,7 @@ class ChunkedCrossEntropy:
     """Compute the cross-entropy a chunk of tokens at a time; backward computes each chunk's logits again.
 
     For a vocabulary of V and N target tokens it holds (chunk, V) logits where others hold (N, V) two or three times;
-    positions without a target get no logits at all. The gradient is that of the whole. The model runs as it is:
+    positions without a target get no logits at all, and a single chunk is computed once. The gradient is that of the whole. The model runs as it is:
     what enters its output embeddings is taken there, so there are no logits for metrics.
     """
 
@@ -119,8 +119,10 @@ class ChunkedCrossEntropy:
         items = torch.nonzero_static(targets != self.ignore_index, size=int(micro.num_items)).squeeze(1)
         states, targets = hidden.flatten(0, -2).index_select(0, items), targets.index_select(0, items).long()
         total = states.new_zeros((), dtype=full(states).dtype)
-        for part, wanted in zip(torch.split(states, self.chunk), torch.split(targets, self.chunk), strict=True):
-            if torch.is_grad_enabled():
+        parts = torch.split(states, self.chunk)
+        for number, (part, wanted) in enumerate(zip(parts, torch.split(targets, self.chunk), strict=True), 1):
+            # Backward begins with the last chunk, whose logits are held until then: no more than one at a time.
+            if number < len(parts) and torch.is_grad_enabled():
                 sum_of_chunk = checkpoint(self._summed, part, wanted, use_reentrant=False, preserve_rng_state=False)
             else:
                 sum_of_chunk = self._summed(part, wanted)

@@ -29,6 +29,8 @@ class Warmup:
         """Read a number or a text."""
         if isinstance(value, cls):
             return value
+        if isinstance(value, str) and value.replace(".", "", 1).isdigit():
+            value = float(value)
         if isinstance(value, str):
             trigger = Trigger.parse(value)
             if trigger.unit not in ("steps", "tokens"):

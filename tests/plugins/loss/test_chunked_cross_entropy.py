@@ -102,8 +102,16 @@ def test_positions_without_a_label_get_no_logits():
     model, computed = model_of("bert"), []
     model.get_output_embeddings().register_forward_hook(lambda _m, _i, made: computed.append(made.numel() // 37))
     step_gradient(model, rows, ChunkedCrossEntropy(), (11, 1, Pad(Words())))
-    # the trial of assembly (3 rows), forward's none, the loss, and the loss again in backward
-    assert computed == [3, 0, 11, 11]
+    assert computed == [3, 0, 11]  # the trial of assembly (3 rows), forward's none, the loss
+
+
+def test_all_chunks_but_the_last_are_computed_again():
+    """Backward begins with the last chunk, so only the others' logits are dropped and made again, in turn."""
+    rows = [{"input_ids": [5] * 10, "labels": [7] + [-100] * 9} for _ in range(11)]
+    model, computed = model_of("bert"), []
+    model.get_output_embeddings().register_forward_hook(lambda _m, _i, made: computed.append(made.numel() // 37))
+    step_gradient(model, rows, ChunkedCrossEntropy(chunk=5), (11, 1, Pad(Words())))
+    assert computed == [3, 0, 5, 5, 1, 5, 5]
 
 
 def test_evaluation_and_bfloat16():
