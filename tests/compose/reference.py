@@ -36,6 +36,7 @@ def train(
     stream=None,
     count=None,
     loss=None,
+    summed=None,
     order=None,
     bounds=None,
 ):
@@ -43,7 +44,7 @@ def train(
 
     Args:
         build_model: called without arguments after seeding; returns a module that takes a batch's items by name.
-        make_batch: from a list of row numbers and a generator (or None) to a batch, a dict of tensors or of strings.
+        make_batch: from a list of row numbers, a generator (or None) and the epoch to a batch, a dict of tensors or of strings.
         rows: how many there are.
         optimizer: from (parameters that decay, parameters that do not) to a `torch.optim.Optimizer`.
         steps: optimizer steps.
@@ -57,6 +58,7 @@ def train(
         stream: the name under which a batch's generator is seeded, with the epoch and the position of its first row.
         count: from a batch to the number of its target items; rows, if None.
         loss: from (model, batch) to the mean loss; the model's own, if None.
+        summed: from (model, batch) to the sum of item losses, instead of `loss`.
         order: from an epoch to the numbers of its rows; a permutation from ("order", epoch), if None.
         bounds: from an epoch to the places in its order where micro-batches begin and end, instead of `batch_size`.
     """
@@ -85,7 +87,7 @@ def train(
             micro_batches = []
             for start, end in cuts[first : first + accumulation]:
                 draws = None if stream is None else keyed(seed, stream, epoch, start)
-                micro_batches.append(make_batch(numbers[start:end], draws))
+                micro_batches.append(make_batch(numbers[start:end], draws, epoch))
             items = [count(batch) for batch in micro_batches]
             items = [end - start if n is None else n for n, (start, end) in zip(items, cuts[first:], strict=False)]
             torch.manual_seed(derive_seed(seed, "step", step, 0))
@@ -93,9 +95,11 @@ def train(
                 if number == 0:
                     continue
                 with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
-                    mean = loss(model, batch)
-                share = number / sum(items)
-                (mean if share == 1 else mean * share).backward()
+                    value = (summed or loss)(model, batch)
+                    share = number / sum(items)
+                    factor = share / number if summed else share
+                    value = value if factor == 1 else value * factor
+                value.backward()
             if clip is not None:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
             updates.step()

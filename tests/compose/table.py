@@ -2,10 +2,14 @@
 
 An entry is a function from (the plugin's instance, the kit's folder) to arguments of `reference.train`, or to parts of
 them (see `arguments`). A plugin that observes needs no entry: the reference stays as it is.
+
+What a collator makes of rows, in which order a sampler has them and what a stream or a mixture gives are proven beside
+each plugin, against the original libraries: here their own objects are used by a loop that is not ours.
 """
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import torch
@@ -49,12 +53,12 @@ def base_optimizer(decayed, spared):
 
 
 def linear(plugin, folder):
-    warm = -(-STEPS * plugin.warmup // 1)
-    return {"schedule": lambda step: step / warm if step < warm else (STEPS - step) / (STEPS - warm)}
+    start = warm(plugin)
+    return {"schedule": lambda step: step / start if step < start else (STEPS - step) / (STEPS - start)}
 
 
 def constant(plugin, folder):
-    return {"schedule": lambda step: min(1.0, step / plugin.warmup)}
+    return {"schedule": lambda step: min(1.0, step / warm(plugin))}
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -68,7 +72,9 @@ def hf_model(plugin, folder):
             plugin.task, "".join(part.capitalize() for part in plugin.task.split("-"))
         )
         auto = getattr(transformers, f"AutoModelFor{kind}")
-        return auto.from_pretrained(plugin.path, **({"num_labels": len(plugin.labels)} if plugin.labels else {}))
+        return auto.from_pretrained(
+            plugin.path, **plugin.arguments, **({"num_labels": len(plugin.labels)} if plugin.labels else {})
+        )
 
     return {"build_model": build_model, "count": shifted if plugin.task == "causal-lm" else counted}
 
@@ -109,7 +115,148 @@ def tokenized(rows, plugin, folder):
     return made
 
 
+def collates(plugin, folder):
+    return {"own_collator": True}
+
+
+def ordered(plugin, folder):
+    return {"own_order": True}
+
+
+def read(plugin, folder):
+    return {"own_rows": True}
+
+
+def unchanged(plugin, folder):
+    return {}
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def outputs(model, batch):
+    return model(**{name: value for name, value in batch.items() if name != "labels"})["logits"]
+
+
+def classes(smoothing=0.0, shift=None):
+    """Return the entry of a sum of cross-entropies; labels are shifted as the model's own loss does, or as `shift` says."""
+
+    def loss(model, batch, shifts):
+        logits, labels = outputs(model, batch), batch["labels"]
+        if shifts:
+            labels = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
+        return torch.nn.functional.cross_entropy(
+            logits.flatten(0, -2).float(), labels.flatten(), reduction="sum", label_smoothing=smoothing
+        )
+
+    return {"summed": loss, "shift": shift}
+
+
+def mse(model, batch, shifts):
+    return torch.square(outputs(model, batch) - batch["labels"]).sum()
+
+
+def bce(model, batch, shifts):
+    logits, labels = outputs(model, batch), batch["labels"]
+    return torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").sum()
+
+
+def numbers(batch):
+    return batch["labels"].numel()
+
+
+def by_transformers(name, **arguments):
+    """Return the entry of a schedule: its factors are those of the scheduler of `transformers`."""
+
+    def entry(plugin, folder):
+        from transformers import get_scheduler
+
+        def factors(rate):
+            optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+            given = {theirs: getattr(plugin, ours) for theirs, ours in arguments.items()}
+            steps = {"num_warmup_steps": warm(plugin), "num_training_steps": STEPS}
+            return get_scheduler(name, optimizer, **steps, scheduler_specific_kwargs=given).lr_lambdas[0]
+
+        return {"schedule_of": factors}
+
+    return entry
+
+
+def warm(plugin):
+    warmup = plugin.warmup
+    return math.ceil(warmup.count * STEPS) if warmup.unit == "share" else int(warmup.count)
+
+
+def after_warmup(plugin, factor):
+    start = warm(plugin)
+    return {"schedule": lambda step: step / start if step < start else factor(step - start, step)}
+
+
+def one_cycle(plugin, folder):
+    made = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        made, max_lr=1.0, total_steps=STEPS, pct_start=plugin.rise, div_factor=plugin.first,
+        final_div_factor=plugin.last, cycle_momentum=False,
+    )  # fmt: skip
+    rates = []
+    for _ in range(STEPS):
+        rates.append(made.param_groups[0]["lr"])
+        made.step()
+        if len(rates) < STEPS:
+            schedule.step()
+    return {"schedule": lambda step: rates[step] if step < STEPS else 0.0}
+
+
 TABLE = {
+    "bce": lambda plugin, folder: {"summed": bce, "count": numbers},
+    "causal-lm": collates,
+    "causal-lm-loss": lambda plugin, folder: {**classes(shift=True), "count": shifted},
+    "chat-template": read,
+    "chunked-cross-entropy": lambda plugin, folder: classes(),
+    "columns": unchanged,
+    "completion-only": collates,
+    "cosine": by_transformers("cosine", num_cycles="cycles"),
+    "cosine-min-lr": by_transformers("cosine_with_min_lr", num_cycles="cycles", min_lr_rate="min_share"),
+    "cosine-restarts": by_transformers("cosine_with_restarts", num_cycles="cycles"),
+    "cosine-warmup-min-lr": by_transformers("cosine_warmup_with_min_lr", num_cycles="cycles", min_lr_rate="min_share"),
+    "cross-entropy": lambda plugin, folder: classes(),
+    "curriculum": ordered,
+    "exponential": lambda plugin, folder: after_warmup(plugin, lambda since, step: plugin.gamma**since),
+    "flatten": collates,
+    "group-by-length": ordered,
+    "inverse-sqrt": by_transformers("inverse_sqrt", timescale="timescale"),
+    "label-smoothing": lambda plugin, folder: classes(plugin.epsilon),
+    "loss-function": lambda plugin, folder: {
+        "loss": lambda model, batch: torch.nn.functional.cross_entropy(outputs(model, batch), batch["labels"])
+    },
+    "masked-lm": collates,
+    "mix": read,
+    "model-loss": unchanged,
+    "mse": lambda plugin, folder: {"summed": mse, "count": numbers},
+    "multi-step": lambda plugin, folder: after_warmup(
+        plugin, lambda since, step: plugin.gamma ** sum(step >= milestone for milestone in plugin.milestones)
+    ),
+    "multiple-choice": collates,
+    "one-cycle": one_cycle,
+    "pack": collates,
+    "parquet": unchanged,
+    "permutation-lm": collates,
+    "polynomial": by_transformers("polynomial", power="power", lr_end="end"),
+    "preference-pairs": collates,
+    "random": unchanged,
+    "rebalance": ordered,
+    "sentence-order": collates,
+    "seq2seq": collates,
+    "sequential": ordered,
+    "shuffle-buffer": read,
+    "step": lambda plugin, folder: after_warmup(plugin, lambda since, step: plugin.gamma ** (since // plugin.size)),
+    "text": read,
+    "token-budget": ordered,
+    "token-classification": collates,
+    "torch-dataset": unchanged,
+    "vision": collates,
+    "warmup-stable-decay": by_transformers("warmup_stable_decay", num_decay_steps="decay"),
+    "whole-word-mask": collates,
     "accumulate": lambda plugin, folder: {"accumulation": plugin.batches},
     "adamw": adamw,
     "bf16": lambda plugin, folder: {"autocast": torch.bfloat16},
@@ -119,7 +266,7 @@ TABLE = {
     "hf-model": hf_model,
     "jsonl": lambda plugin, folder: {},
     "linear": linear,
-    "loader": lambda plugin, folder: {"batch_size": plugin.batch_size, "drop_last": plugin.drop_last},
+    "loader": lambda plugin, folder: {"batch_size": plugin.batch_size or 8, "drop_last": plugin.drop_last},
     "module": lambda plugin, folder: {"build_model": lambda: TinyModule(0.1)},
     "pad": pad,
     "rows": lambda plugin, folder: {},
@@ -129,32 +276,64 @@ TABLE = {
 }
 
 
-def arguments(composition, folder):
+def arguments(composition, folder, run=None):
     """Return the arguments of `reference.train` that stand for a composition.
 
     A plugin's entry may hold, besides arguments of `reference.train`: "collate", from (rows, generator) to a batch;
-    and "tokenized", from the source's rows to those that are collated.
+    "tokenized", from the source's rows to those that are collated; "summed", from (model, batch, whether labels are
+    shifted) to a sum of item losses; and whether the collator, the order or the rows of `run` are taken.
     """
-    found = {}
+    found = {"count": counted}
     for name, plugin in composition.plugins.items():
         if name in TABLE:
             found.update(TABLE[name](plugin, folder))
+    fetch = run.batches["train"].fetch if run is not None else None
     collate = found.pop("collate", None) or (lambda rows, draws: torch.utils.data.default_collate(rows))
+    if found.pop("own_collator", False):
+        made, found["stream"] = fetch.collate, fetch.stream
+        collate = (
+            (lambda rows, draws: made(rows))
+            if fetch.stream is None
+            else lambda rows, draws: made(rows, generator=draws)
+        )
     kind = composition.rows or written_kind(composition.plugins.values(), tokenized="tokenized" in found) or "text"
-    rows = kit_rows(kind, TRAIN_ROWS, words=composition.words if composition.rows else None)
-    rows = found.pop("tokenized", lambda rows: rows)(rows)
+    streamed = run is not None and hasattr(run.datasets["train"], "open")
+    tokenize = found.pop("tokenized", lambda rows: rows)
+    if found.pop("own_rows", False) or found.get("stream") is not None or kind not in ("text", "tokens", "tensors"):
+        data = run.datasets["train"]
+        held = list(data.open(0)) if streamed else [data[index] for index in range(len(data))]
+    else:
+        held = kit_rows(kind, TRAIN_ROWS, words=composition.words if composition.rows else None)
+        held = held if kind == "tensors" else tokenize(held)
+    epochs = {0: held}
 
-    def make_batch(numbers, draws):
-        if kind == "tensors":
+    def make_batch(numbers, draws, epoch=0):
+        if streamed and "shuffle-buffer" in composition.plugins and epoch not in epochs:
+            epochs[epoch] = list(run.datasets["train"].open(epoch))
+        rows = epochs.get(epoch, held)
+        if kind == "tensors" and isinstance(rows, dict):
             return {name: column[torch.tensor(numbers)] for name, column in rows.items()}
         return collate([rows[number] for number in numbers], draws)
 
+    total = len(next(iter(held.values()))) if isinstance(held, dict) else len(held)
+    if found.pop("own_order", False) and not streamed:
+        sampler = run.batches["train"].sampler
+        found["order"] = lambda epoch: sampler.order(epoch).tolist()
+        if hasattr(sampler, "bounds"):
+            found["bounds"] = lambda epoch: sampler.bounds(epoch).tolist()
+    if streamed:
+        found["order"] = lambda epoch: range(total)
+    if "schedule_of" in found:
+        found["schedule"] = found.pop("schedule_of")(run.optimizer.param_groups[0]["initial_lr"])
+    shift = found.pop("shift", None)
+    if "summed" in found:
+        summed, shifts = found.pop("summed"), shift if shift is not None else found["count"] is shifted
+        found["summed"] = lambda model, batch: summed(model, batch, shifts)
     return {
         "build_model": tiny_module,
         "make_batch": make_batch,
         "optimizer": base_optimizer,
-        "rows": TRAIN_ROWS,
+        "rows": total,
         "steps": STEPS,
-        "count": counted,
         **found,
     }

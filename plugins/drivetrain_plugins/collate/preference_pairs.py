@@ -96,7 +96,10 @@ def _is_number(values: Any) -> bool:
     role="collate",
     provides=["padding"],
     rows="preferences",
-    companions={"hf-model": {"path": "{kit}/model", "task": "causal-lm", "arguments": {"is_decoder": True}}},
+    companions={
+        "causal-lm-loss": {},
+        "hf-model": {"path": "{kit}/model", "task": "causal-lm", "arguments": {"is_decoder": True}},
+    },
 )
 class PreferencePairs:
     """Pad pairs of a chosen and a rejected answer as one batch, chosen first (as DPO trainers take them).
