@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from drivetrain_plugins.control.accumulate import Accumulate
     from drivetrain_plugins.data.bad_rows import BadRows
     from drivetrain_plugins.data.chat_template import ChatTemplate
+    from drivetrain_plugins.data.columns import UsedColumns
     from drivetrain_plugins.data.hf_dataset import HFDataset
     from drivetrain_plugins.data.jsonl import Jsonl
     from drivetrain_plugins.data.loader import Loader
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from drivetrain_plugins.data.text import Text
     from drivetrain_plugins.data.tokenize import Tokenize
     from drivetrain_plugins.data.torch_dataset import TorchDataset
-    from drivetrain_plugins.data.used_columns import UsedColumns
     from drivetrain_plugins.evaluate.accuracy import Accuracy
     from drivetrain_plugins.evaluate.evaluate import Evaluate
     from drivetrain_plugins.export.export_hf import ExportHF
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from drivetrain_plugins.optim.sgd import SGD
     from drivetrain_plugins.order.curriculum import Curriculum
     from drivetrain_plugins.order.group_by_length import GroupByLength
-    from drivetrain_plugins.order.random_order import Random
+    from drivetrain_plugins.order.random import Random
     from drivetrain_plugins.order.rebalance import Rebalance
     from drivetrain_plugins.order.sequential import Sequential
     from drivetrain_plugins.order.token_budget import TokenBudget
@@ -129,7 +129,7 @@ _HOME = {
     "Polynomial": "schedule.polynomial",
     "PreferencePairs": "collate.preference_pairs",
     "Progress": "report.progress",
-    "Random": "order.random_order",
+    "Random": "order.random",
     "Rebalance": "order.rebalance",
     "Rows": "data.rows",
     "SGD": "optim.sgd",
@@ -145,7 +145,7 @@ _HOME = {
     "TokenClassification": "collate.token_classification",
     "Tokenize": "data.tokenize",
     "TorchDataset": "data.torch_dataset",
-    "UsedColumns": "data.used_columns",
+    "UsedColumns": "data.columns",
     "Vision": "collate.vision",
     "WarmupStableDecay": "schedule.warmup_stable_decay",
     "WholeWordMask": "collate.whole_word_mask",

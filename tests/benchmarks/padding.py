@@ -104,7 +104,7 @@ def ours(order: str, model: torch.nn.Module, rows: dict[str, list[list[int]]], f
     from drivetrain_plugins.collate.pack import Pack
     from drivetrain_plugins.collate.pad import Pad
     from drivetrain_plugins.order.group_by_length import GroupByLength
-    from drivetrain_plugins.order.random_order import Random
+    from drivetrain_plugins.order.random import Random
     from drivetrain_plugins.order.token_budget import TokenBudget
     from drivetrain_plugins.shared.table import Ragged, Table
 

@@ -34,7 +34,7 @@ def test_every_plugin_has_a_file_of_its_own():
     files = [source_of(entry) for entry in ENTRIES]
     assert len(set(files)) == len(files)
     folder = Path(drivetrain_plugins.__file__).parent
-    helpers = {file for file in folder.glob("*/*.py") if file.name.startswith("_")}
+    helpers = {file for file in folder.glob("*/*.py") if file.name.startswith("_") or file.parent.name == "shared"}
     assert set(folder.glob("*/*.py")) - helpers == set(files)
 
 
@@ -62,7 +62,10 @@ def test_every_option_has_a_help_text(entry: Entry):
 @by_name
 def test_every_plugin_has_a_test_file(entry: Entry):
     """The test file of a plugin stands where its file does."""
-    assert (TESTS / "plugins" / role_of(entry) / f"test_{source_of(entry).stem}.py").is_file()
+    folder, stem = TESTS / "plugins" / role_of(entry), source_of(entry).stem
+    shared = {"schedule": "test_schedules.py", "order": "test_orders.py"}.get(role_of(entry), "")
+    together = bool(shared) and entry.load().__name__ in (folder / shared).read_text(encoding="utf-8")
+    assert (folder / f"test_{stem}.py").is_file() or together
 
 
 @pytest.mark.parametrize(

@@ -47,8 +47,8 @@ class ChunkedCrossEntropy:
     """Compute the cross-entropy a chunk of tokens at a time; backward computes each chunk's logits again.
 
     For a vocabulary of V and N target tokens it holds (chunk, V) logits where others hold (N, V) two or three times;
-    positions without a target get no logits at all, and a single chunk is computed once. The gradient is that of the whole. The model runs as it is:
-    what enters its output embeddings is taken there, so there are no logits for metrics.
+    positions without a target get no logits at all, and a single chunk is computed once. The gradient is that of the
+    whole. The model runs as it is: what enters its output embeddings is taken there, so there are no logits for metrics.
     """
 
     chunk: int = option(1024, ge=1, help="tokens whose logits are held at once")

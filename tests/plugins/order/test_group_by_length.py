@@ -8,7 +8,7 @@ from order_helpers import sampler_of, skewed, table
 
 from drivetrain import ConfigError
 from drivetrain_plugins.order.group_by_length import GroupByLength
-from drivetrain_plugins.order.random_order import Random
+from drivetrain_plugins.order.random import Random
 
 ROWS, BATCH = 2000, 16
 

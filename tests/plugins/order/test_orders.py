@@ -18,7 +18,7 @@ from drivetrain.testing import run_ranks
 from drivetrain_plugins import SGD, Accumulate, Checkpoint, Loader
 from drivetrain_plugins.order.curriculum import Curriculum
 from drivetrain_plugins.order.group_by_length import GroupByLength
-from drivetrain_plugins.order.random_order import Random
+from drivetrain_plugins.order.random import Random
 from drivetrain_plugins.order.rebalance import Rebalance
 from drivetrain_plugins.order.sequential import Sequential
 from drivetrain_plugins.order.token_budget import TokenBudget

@@ -11,7 +11,7 @@ from plugin_helpers import assert_same_weights, fit, net
 
 from drivetrain import Columns, ConfigError, DataError, Iterated
 from drivetrain_plugins import SGD
-from drivetrain_plugins.data.used_columns import UsedColumns
+from drivetrain_plugins.data.columns import UsedColumns
 from drivetrain_plugins.shared.table import Table
 
 ROWS = [{"features": [float(n), 1.0], "labels": n % 3, "id": n, "note": "x", "extra": n} for n in range(6)]
