@@ -48,7 +48,7 @@ class ChunkedCrossEntropy:
 
     For a vocabulary of V and N target tokens it holds (chunk, V) logits where others hold (N, V) two or three times;
     positions without a target get no logits at all, and a single chunk is computed once. The gradient is that of the
-    whole. The model runs as it is: what enters its output embeddings is taken there, so there are no logits for metrics.
+    whole. The model runs as it is: what enters its output embeddings is taken there, so metrics get no logits.
     """
 
     chunk: int = option(1024, ge=1, help="tokens whose logits are held at once")
