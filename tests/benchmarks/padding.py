@@ -5,7 +5,8 @@ whether the next byte ends a word; one epoch, AdamW, one thread. The same weight
 default order and `group_by_length`) and here (`random`, `group-by-length`, `token-budget` with as many tokens a batch as the
 others have on average, and random batches packed into rows of 512). Every contender runs in fresh processes (with
 `--small`, in one), interleaved; reported are medians of the CPU time from the third step to the last, for real tokens only: the share of
-padding, and microseconds a sample of mean length. Not a test: it asserts no time.
+padding, and microseconds a sample of mean length. A round takes about eight minutes. `transformers.Trainer` needs `accelerate`.
+Not a test: it asserts no time.
 """
 
 from __future__ import annotations

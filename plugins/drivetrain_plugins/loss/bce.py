@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from drivetrain import Micro, Run
 
 
-@plugin(role="loss", rows="flags")
+@plugin(role="loss", rows="flags", conflicts=["accuracy"])
 class BCE:
     """Compute the binary cross-entropy of logits (..., C) and labels (..., C) between 0 and 1.
 

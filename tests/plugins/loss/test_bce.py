@@ -6,7 +6,8 @@ import pytest
 import torch
 from plugin_helpers import cpu_run
 
-from drivetrain import ConfigError, DataError, Micro
+from drivetrain import ConfigError, DataError, Micro, Trainer
+from drivetrain_plugins import SGD, Accuracy, Evaluate
 from drivetrain_plugins.loss.bce import BCE
 
 
@@ -58,3 +59,13 @@ def test_weights_must_be_one_for_each_class():
 
     with pytest.raises(ConfigError, match="each of the model's 5 classes"):
         BCE(positive_weights=(1.0,)).assembled(cpu_run(model=model_of("classifier")))
+
+
+@pytest.mark.parametrize("name", ["bce", "mse"])
+def test_accuracy_of_labels_that_are_no_classes_is_refused(name):
+    """Several labels a row, or numbers, have no largest logit to compare with: the plan says so."""
+    from drivetrain_plugins.loss.mse import MSE
+
+    plugin = {"bce": BCE, "mse": MSE}[name]()
+    problems = Trainer(torch.nn.Linear(1, 1), [(name, plugin), SGD(), Evaluate(), Accuracy()], steps=1).plan().problems
+    assert [p.what for p in problems] == [f"plugins {name!r} and 'accuracy' cannot be combined"]
