@@ -209,25 +209,22 @@ class InProcess:
 
     def __len__(self) -> int:
         """Return the number of micro-batches in an epoch."""
+        return math.ceil((len(self._cuts(0, 0)) - 1) / self.world_size)
+
+    def _cuts(self, epoch: int, start: int) -> list[int]:
+        """Return where micro-batches begin from row `start` on, and where the last one ends."""
         if hasattr(self.sampler, "bounds"):
-            return math.ceil((len(self.sampler.bounds(0)) - 1) / self.world_size)
-        return math.ceil(self.rows_per_epoch / (self.batch_size * self.world_size))
+            bounds = self.sampler.bounds(epoch)
+            return [start, *bounds[bounds > start].tolist()]
+        return [*range(start, self.rows_per_epoch, self.batch_size), self.rows_per_epoch]
 
     def positions(self, epoch: int, start: int) -> Iterator[tuple[torch.Tensor, int, int]]:
-        """Yield (row numbers, epoch, position) of this rank's micro-batches."""
-        order, size, end = self.sampler.order(epoch), self.batch_size, self.rows_per_epoch
-        if hasattr(self.sampler, "bounds"):
-            cuts = self.sampler.bounds(epoch)
-            ahead = torch.cat([torch.tensor([start]), cuts[int(torch.searchsorted(cuts, start, right=True)) :]])
-            for mine in range(
-                self.rank, math.ceil((len(ahead) - 1) / self.world_size) * self.world_size, self.world_size
-            ):
-                first, last = (int(ahead[min(edge, len(ahead) - 1)]) for edge in (mine, mine + 1))
-                yield order[first:last], epoch, first
-            return
-        for position in range(start, end, size * self.world_size):
-            mine = position + self.rank * size
-            yield order[mine : min(mine + size, end)], epoch, mine
+        """Yield (row numbers, epoch, position) of this rank's micro-batches; rows are empty where ranks have more."""
+        order, cuts = self.sampler.order(epoch), self._cuts(epoch, start)
+        last = len(cuts) - 1
+        for first in range(0, last, self.world_size):
+            begin, end = (cuts[min(first + self.rank + edge, last)] for edge in (0, 1))
+            yield order[begin:end], epoch, begin
 
     def iterate(self, epoch: int, start: int = 0) -> Iterator[Micro]:
         """Yield the micro-batches of `epoch` from row `start` on."""
