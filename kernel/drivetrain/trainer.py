@@ -257,9 +257,8 @@ def _build(run: Run) -> None:
 def _steps_of_epochs(run: Run) -> int:
     if run.rows_per_epoch is None:
         raise ConfigError("the training data is a stream, and nobody knows its length: give steps instead of epochs")
-    per_epoch: int = math.ceil(len(run.batches["train"]) / run.facts.get("accumulation", 1))
-    whole: int = math.ceil((run.settings.epochs or 0) * per_epoch)
-    return whole
+    per_epoch = math.ceil(len(run.batches["train"]) / int(run.facts.get("accumulation", 1)))
+    return math.ceil((run.settings.epochs or 0) * per_epoch)
 
 
 def _build_split(run: Run, split: str, dataset: Any) -> None:
@@ -278,6 +277,17 @@ def _build_split(run: Run, split: str, dataset: Any) -> None:
         checks=tuple(check for checks in hooks.batch_checks(run, split) for check in checks),
         tolerant=run.plan.hooks["bad_row"].owner != "drivetrain",
     )
+    orders = run.plan.hooks["build_sampler"].owner
+    if streamed and split == "train" and orders != "drivetrain":
+        raise ConfigError(
+            [
+                Problem(
+                    f"{orders}: the training data is a stream, which comes in its own order",
+                    type(dataset).__name__,
+                    f"shuffle the stream where it is read, or take {orders!r} out; rows with a length can be ordered",
+                )
+            ]
+        )
     batches = hooks.build_batches(run, split, fetch, None if streamed else hooks.build_sampler(run, split))
     if not streamed and len(batches) == 0:
         raise ConfigError(f"the {split} data has {len(dataset)} rows, fewer than one batch, and drop_last is set")

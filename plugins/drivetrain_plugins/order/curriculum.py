@@ -12,7 +12,6 @@ from drivetrain import ConfigError, DataError, Problem, hookimpl, import_object,
 from drivetrain import Sequential as InTurn
 from drivetrain.rng import generator
 from drivetrain_plugins.order._lengths import read_rows, row_values
-from drivetrain_plugins.order._streams import refuse_streams
 
 if TYPE_CHECKING:
     from drivetrain import Run
@@ -81,8 +80,3 @@ class Curriculum:
                 raise ConfigError([Problem(what, repr(value)[:80])]) from error
 
         return read_rows(run, split, score)
-
-    @hookimpl
-    def assembled(self, run: Run) -> None:
-        """Refuse a stream."""
-        refuse_streams(run, plugin="curriculum")

@@ -12,7 +12,6 @@ from drivetrain import Sequential as InTurn
 from drivetrain import Shuffled, hookimpl, option, plugin
 from drivetrain.rng import generator
 from drivetrain_plugins.order._lengths import row_lengths
-from drivetrain_plugins.order._streams import refuse_streams
 
 if TYPE_CHECKING:
     from drivetrain import Run
@@ -90,8 +89,3 @@ class GroupByLength:
             return InTurn(len(run.datasets[split]))
         lengths = row_lengths(run, split, self.field, plugin="group-by-length")
         return Grouped(lengths, self.window, self.chunk, run.settings.seed) if split == "train" else ByLength(lengths)
-
-    @hookimpl
-    def assembled(self, run: Run) -> None:
-        """Refuse a stream."""
-        refuse_streams(run, plugin="group-by-length")

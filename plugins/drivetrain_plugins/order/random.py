@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from drivetrain import Sequential as InTurn
 from drivetrain import Shuffled, hookimpl, plugin
-from drivetrain_plugins.order._streams import refuse_streams
 
 if TYPE_CHECKING:
     from drivetrain import Run
@@ -21,8 +20,3 @@ class Random:
         """Shuffle what is trained on; evaluate as the rows come."""
         rows = len(run.datasets[split])
         return Shuffled(rows, run.settings.seed) if split == "train" else InTurn(rows)
-
-    @hookimpl
-    def assembled(self, run: Run) -> None:
-        """Refuse a stream."""
-        refuse_streams(run, plugin="random")

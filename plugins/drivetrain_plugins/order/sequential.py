@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from drivetrain import Sequential as InTurn
 from drivetrain import hookimpl, plugin
-from drivetrain_plugins.order._streams import refuse_streams
 
 if TYPE_CHECKING:
     from drivetrain import Run
@@ -20,8 +19,3 @@ class Sequential:
     def build_sampler(self, run: Run, split: str) -> InTurn:
         """Keep the order."""
         return InTurn(len(run.datasets[split]))
-
-    @hookimpl
-    def assembled(self, run: Run) -> None:
-        """Refuse a stream."""
-        refuse_streams(run, plugin="sequential")

@@ -12,7 +12,6 @@ from drivetrain import ConfigError, Problem, Shuffled, hookimpl, option, plugin
 from drivetrain import Sequential as InTurn
 from drivetrain.rng import generator
 from drivetrain_plugins.order._lengths import row_lengths
-from drivetrain_plugins.order._streams import refuse_streams
 
 if TYPE_CHECKING:
     from drivetrain import Run
@@ -106,8 +105,3 @@ class TokenBudget:
             raise ConfigError([Problem(what, received, f"raise {name}, or cut rows to a largest length")])
         cuts = cut(-np.sort(-rounded), tokens, self.max_rows)
         return Budgeted(rounded, cuts, run.settings.seed, shuffled=split == "train")
-
-    @hookimpl
-    def assembled(self, run: Run) -> None:
-        """Refuse a stream."""
-        refuse_streams(run, plugin="token-budget")
