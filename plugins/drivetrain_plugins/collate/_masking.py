@@ -9,23 +9,16 @@ import numpy as np
 import torch
 
 from drivetrain import ConfigError, DataError, Problem
-from drivetrain_plugins.collate._padding import LABELS, column, fields, is_empty, ones_like, padded, scalars
+from drivetrain_plugins.collate._padding import IGNORED, LABELS, column, fields, is_empty, ones_like, padded, scalars
 from drivetrain_plugins.shared.table import Ragged
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from drivetrain import Run
 
-IGNORED = -100  # the label that every loss passes over
 AUXILIARY = ("special_tokens_mask", "offset_mapping", "word_ids")  # what collators read and models do not take
 Batch = dict[str, torch.Tensor]
 Array = np.ndarray[Any, Any]
-
-
-def tokenizer_of(given: Any, run: Run) -> Any:
-    """Return the tokenizer given to the plugin, else the run's."""
-    return given if given is not None else run.processor
 
 
 def needed_token(tokenizer: Any, kind: str, *, plugin: str) -> int:

@@ -11,15 +11,29 @@ import numpy as np
 import torch
 
 from drivetrain import ConfigError, DataError
+from drivetrain.data import IGNORE_INDEX
 from drivetrain_plugins.shared.table import Ragged, Table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from drivetrain import Run
+
     Array = np.ndarray[Any, Any]
 
 LABELS = ("labels", "label", "label_ids")  # the later name wins where a row has several
-IGNORED = -100  # the label that losses pass over
+IGNORED = IGNORE_INDEX
+
+
+def tokenizer_of(given: Any, run: Run) -> Any:
+    """Return the tokenizer given to the plugin, else the run's."""
+    return given if given is not None else run.processor
+
+
+@property  # type: ignore[misc]  # a descriptor to be put into classes
+def processor_unless_given(plugin: Any) -> tuple[str, ...]:
+    """Require a processor where no tokenizer was given."""
+    return () if plugin.tokenizer is not None else ("processor",)
 
 
 # --- columns -----------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from drivetrain import hookimpl, option, plugin
-from drivetrain_plugins.collate._masking import AUXILIARY, IGNORED, Batch, TokenPadding, tokenizer_of
+from drivetrain_plugins.collate._masking import AUXILIARY, Batch, TokenPadding
+from drivetrain_plugins.collate._padding import IGNORED, processor_unless_given, tokenizer_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -47,10 +48,7 @@ class CausalLM:
     multiple: int = option(1, ge=1, help="round the padded length up to a multiple of this many tokens")
     padding_id: int | None = option(None, ge=0, help="token id to pad with; None takes the tokenizer's padding token")
 
-    @property
-    def requires(self) -> tuple[str, ...]:
-        """Require a processor where no tokenizer was given."""
-        return () if self.tokenizer is not None else ("processor",)
+    requires = processor_unless_given
 
     @hookimpl
     def build_collator(self, run: Run) -> Callable[..., Any]:

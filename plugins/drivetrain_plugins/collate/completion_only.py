@@ -8,8 +8,8 @@ import attrs
 import numpy as np
 
 from drivetrain import ConfigError, DataError, Problem, hookimpl, option, plugin
-from drivetrain_plugins.collate._masking import AUXILIARY, IGNORED, Batch, TokenPadding, joined, tokenizer_of
-from drivetrain_plugins.collate._padding import column, fields, padded
+from drivetrain_plugins.collate._masking import AUXILIARY, Batch, TokenPadding, joined
+from drivetrain_plugins.collate._padding import IGNORED, column, fields, padded, processor_unless_given, tokenizer_of
 from drivetrain_plugins.shared.table import Ragged
 
 if TYPE_CHECKING:
@@ -135,10 +135,7 @@ class CompletionOnly:
     multiple: int = option(1, ge=1, help="round the padded length up to a multiple of this many tokens")
     padding_id: int | None = option(None, ge=0, help="token id to pad with; None takes the tokenizer's padding token")
 
-    @property
-    def requires(self) -> tuple[str, ...]:
-        """Require a processor where no tokenizer was given."""
-        return () if self.tokenizer is not None else ("processor",)
+    requires = processor_unless_given
 
     @hookimpl
     def build_collator(self, run: Run) -> Callable[..., Any]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from drivetrain import hookimpl, option, plugin
-from drivetrain_plugins.collate._masking import Batch, Masking, TokenPadding, tokenizer_of
-from drivetrain_plugins.collate._padding import LABELS
+from drivetrain_plugins.collate._masking import Batch, Masking, TokenPadding
+from drivetrain_plugins.collate._padding import LABELS, processor_unless_given, tokenizer_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -58,10 +58,7 @@ class MaskedLM:
     random: float = option(0.1, ge=0, le=1, help="share of the picked tokens that become a random ordinary token")
     multiple: int = option(1, ge=1, help="round the padded length up to a multiple of this many tokens")
 
-    @property
-    def requires(self) -> tuple[str, ...]:
-        """Require a processor where no tokenizer was given."""
-        return () if self.tokenizer is not None else ("processor",)
+    requires = processor_unless_given
 
     @hookimpl
     def build_collator(self, run: Run) -> Callable[..., Any]:

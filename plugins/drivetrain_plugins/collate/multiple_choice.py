@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from drivetrain import DataError, hookimpl, option, plugin
-from drivetrain_plugins.collate._padding import LABELS, Padding, fields, ragged, raw
+from drivetrain_plugins.collate._padding import (
+    LABELS,
+    Padding,
+    fields,
+    processor_unless_given,
+    ragged,
+    raw,
+    tokenizer_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -93,14 +101,11 @@ class MultipleChoice:
     multiple: int = option(1, ge=1, help="round the padded length up to a multiple of this many tokens")
     length: int | None = option(None, ge=1, help="pad candidates to this many tokens; None pads to the batch's longest")
 
-    @property
-    def requires(self) -> tuple[str, ...]:
-        """Require a processor where no tokenizer was given."""
-        return () if self.tokenizer is not None else ("processor",)
+    requires = processor_unless_given
 
     @hookimpl
     def build_collator(self, run: Run) -> Callable[..., Any]:
         """Take padding id and side from the run's tokenizer."""
-        tokenizer = self.tokenizer if self.tokenizer is not None else run.processor
+        tokenizer = tokenizer_of(self.tokenizer, run)
         padding = Padding.of(tokenizer, plugin="multiple-choice", multiple=self.multiple, length=self.length)
         return ChoiceCollator(padding)

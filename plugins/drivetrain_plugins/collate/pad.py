@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from drivetrain import hookimpl, option, plugin
-from drivetrain_plugins.collate._padding import Padding, columns
+from drivetrain_plugins.collate._padding import Padding, columns, processor_unless_given, tokenizer_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,13 +40,10 @@ class Pad:
     multiple: int = option(1, ge=1, help="round the padded length up to a multiple of this many tokens")
     length: int | None = option(None, ge=1, help="pad every row to this many tokens; None pads to the batch's longest")
 
-    @property
-    def requires(self) -> tuple[str, ...]:
-        """Require a processor where no tokenizer was given."""
-        return () if self.tokenizer is not None else ("processor",)
+    requires = processor_unless_given
 
     @hookimpl
     def build_collator(self, run: Run) -> Callable[..., Any]:
         """Take padding id and side from the run's tokenizer."""
-        tokenizer = self.tokenizer if self.tokenizer is not None else run.processor
+        tokenizer = tokenizer_of(self.tokenizer, run)
         return PadCollator(Padding.of(tokenizer, plugin="pad", multiple=self.multiple, length=self.length))

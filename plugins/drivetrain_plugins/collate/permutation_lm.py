@@ -10,15 +10,13 @@ import torch
 
 from drivetrain import hookimpl, option, plugin
 from drivetrain_plugins.collate._masking import (
-    IGNORED,
     Batch,
     TokenPadding,
     look_up,
     needed_token,
     special_table,
-    tokenizer_of,
 )
-from drivetrain_plugins.collate._padding import LABELS
+from drivetrain_plugins.collate._padding import IGNORED, LABELS, processor_unless_given, tokenizer_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -107,10 +105,7 @@ class PermutationLM:
     max_span: int = option(5, ge=1, help="longest span in tokens")
     multiple: int = option(1, ge=1, help="round the padded length up to a multiple of this many tokens (and of 2)")
 
-    @property
-    def requires(self) -> tuple[str, ...]:
-        """Require a processor where no tokenizer was given."""
-        return () if self.tokenizer is not None else ("processor",)
+    requires = processor_unless_given
 
     @hookimpl
     def build_collator(self, run: Run) -> Callable[..., Any]:

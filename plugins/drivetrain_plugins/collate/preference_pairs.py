@@ -8,7 +8,15 @@ import attrs
 import numpy as np
 
 from drivetrain import DataError, hookimpl, option, plugin
-from drivetrain_plugins.collate._padding import IGNORED, Padding, column, fields, is_empty
+from drivetrain_plugins.collate._padding import (
+    IGNORED,
+    Padding,
+    column,
+    fields,
+    is_empty,
+    processor_unless_given,
+    tokenizer_of,
+)
 from drivetrain_plugins.shared.table import Ragged
 
 if TYPE_CHECKING:
@@ -114,14 +122,11 @@ class PreferencePairs:
     chosen: str = option("chosen_input_ids", help="field with the ids of the preferred answer")
     rejected: str = option("rejected_input_ids", help="field with the ids of the other answer")
 
-    @property
-    def requires(self) -> tuple[str, ...]:
-        """Require a processor where no tokenizer was given."""
-        return () if self.tokenizer is not None else ("processor",)
+    requires = processor_unless_given
 
     @hookimpl
     def build_collator(self, run: Run) -> Callable[..., Any]:
         """Take padding id and side from the run's tokenizer."""
-        tokenizer = self.tokenizer if self.tokenizer is not None else run.processor
+        tokenizer = tokenizer_of(self.tokenizer, run)
         padding = Padding.of(tokenizer, plugin="preference-pairs", multiple=self.multiple, length=self.length)
         return PairCollator(padding, self.prompt, self.chosen, self.rejected)

@@ -15,9 +15,8 @@ from drivetrain_plugins.collate._masking import (
     TokenPadding,
     joined,
     needed_token,
-    tokenizer_of,
 )
-from drivetrain_plugins.collate._padding import fields
+from drivetrain_plugins.collate._padding import fields, processor_unless_given, raw, tokenizer_of
 from drivetrain_plugins.shared.table import Ragged, Table
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ class SentenceOrderCollator:
                 )
             parts = self.padding.ids(rows, self.first), self.padding.ids(rows, self.second)
         else:
-            lists = rows.columns[self.sentences] if isinstance(rows, Table) else [row[self.sentences] for row in rows]
+            lists = raw(rows, self.sentences)
             parts = _cut(lists, cuts, self.sentences)
         if not all(part.lengths.all() for part in parts):
             raise DataError(f"{NAME}: a segment has no tokens. Received: rows with {sorted(names)}")
@@ -158,10 +157,7 @@ class SentenceOrder:
     random: float = option(0.1, ge=0, le=1, help="share of the picked tokens that become a random ordinary token")
     multiple: int = option(1, ge=1, help="round the padded length up to a multiple of this many tokens")
 
-    @property
-    def requires(self) -> tuple[str, ...]:
-        """Require a processor where no tokenizer was given."""
-        return () if self.tokenizer is not None else ("processor",)
+    requires = processor_unless_given
 
     @hookimpl
     def build_collator(self, run: Run) -> Callable[..., Any]:

@@ -8,7 +8,15 @@ import attrs
 import torch
 
 from drivetrain import ConfigError, DataError, Problem, hookimpl, option, plugin
-from drivetrain_plugins.collate._padding import IGNORED, Padding, columns, padded, take_labels
+from drivetrain_plugins.collate._padding import (
+    IGNORED,
+    Padding,
+    columns,
+    padded,
+    processor_unless_given,
+    take_labels,
+    tokenizer_of,
+)
 from drivetrain_plugins.shared.table import Ragged
 
 if TYPE_CHECKING:
@@ -128,14 +136,11 @@ class Seq2Seq:
     label_length: int | None = option(None, ge=1, help="pad targets to this many tokens; None pads to the longest")
     decoder_inputs: bool = option(True, help="add decoder_input_ids where the model can make them from labels")
 
-    @property
-    def requires(self) -> tuple[str, ...]:
-        """Require a processor where no tokenizer was given."""
-        return () if self.tokenizer is not None else ("processor",)
+    requires = processor_unless_given
 
     @hookimpl
     def build_collator(self, run: Run) -> Callable[..., Any]:
         """Take padding id and side from the tokenizer; learn the model's shift, so that workers need no weights."""
-        tokenizer = self.tokenizer if self.tokenizer is not None else run.processor
+        tokenizer = tokenizer_of(self.tokenizer, run)
         padding = Padding.of(tokenizer, plugin="seq2seq", multiple=self.multiple, length=self.length)
         return Seq2SeqCollator(padding, self.label_length, Shift.of(run.model) if self.decoder_inputs else None)

@@ -8,7 +8,14 @@ import attrs
 import numpy as np
 
 from drivetrain import DataError, hookimpl, option, plugin
-from drivetrain_plugins.collate._padding import IGNORED, Padding, columns, take_labels
+from drivetrain_plugins.collate._padding import (
+    IGNORED,
+    Padding,
+    columns,
+    processor_unless_given,
+    take_labels,
+    tokenizer_of,
+)
 from drivetrain_plugins.shared.table import Ragged
 
 if TYPE_CHECKING:
@@ -71,14 +78,11 @@ class TokenClassification:
     length: int | None = option(None, ge=1, help="pad every row to this many tokens; None pads to the batch's longest")
     label_padding: int = option(IGNORED, help="label of the padding; -100 is the one that losses pass over")
 
-    @property
-    def requires(self) -> tuple[str, ...]:
-        """Require a processor where no tokenizer was given."""
-        return () if self.tokenizer is not None else ("processor",)
+    requires = processor_unless_given
 
     @hookimpl
     def build_collator(self, run: Run) -> Callable[..., Any]:
         """Take padding id and side from the run's tokenizer."""
-        tokenizer = self.tokenizer if self.tokenizer is not None else run.processor
+        tokenizer = tokenizer_of(self.tokenizer, run)
         padding = Padding.of(tokenizer, plugin="token-classification", multiple=self.multiple, length=self.length)
         return TokenCollator(attrs.evolve(padding, ignored=self.label_padding))

@@ -16,9 +16,8 @@ from drivetrain_plugins.collate._masking import (
     TokenPadding,
     look_up,
     special_table,
-    tokenizer_of,
 )
-from drivetrain_plugins.collate._padding import LABELS, fields, padded
+from drivetrain_plugins.collate._padding import LABELS, fields, padded, processor_unless_given, tokenizer_of
 from drivetrain_plugins.shared.table import Ragged, Table
 
 if TYPE_CHECKING:
@@ -139,10 +138,7 @@ class WholeWordMask:
     prefix: str | None = option(None, help='what marks a token that goes on a word; None finds it ("##")')
     multiple: int = option(1, ge=1, help="round the padded length up to a multiple of this many tokens")
 
-    @property
-    def requires(self) -> tuple[str, ...]:
-        """Require a processor where no tokenizer was given."""
-        return () if self.tokenizer is not None else ("processor",)
+    requires = processor_unless_given
 
     @hookimpl
     def build_collator(self, run: Run) -> Callable[..., Any]:

@@ -8,13 +8,14 @@ import attrs
 import torch
 
 from drivetrain import DataError, TrainingError
+from drivetrain.data import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
     from drivetrain import Micro
 
-IGNORED = -100
+IGNORED = IGNORE_INDEX
 WITHHOLD = (
     "keep the labels from the model, which would compute its own loss for nothing; False for a model that "
     "needs them, such as an encoder-decoder without decoder_input_ids"

@@ -12,11 +12,12 @@ import attrs
 import torch
 
 from drivetrain import DataError
+from drivetrain.data import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-IGNORED = -100
+IGNORED = IGNORE_INDEX
 LANGUAGE = ("causal-lm", "masked-lm", "seq2seq-lm")
 CLASSES = ("sequence-classification", "token-classification", "image-classification")
 
