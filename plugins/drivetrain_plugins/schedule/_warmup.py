@@ -45,7 +45,14 @@ class Warmup:
         return f"{self.count:.15g}" if self.unit == "share" else f"{self.count:.15g} {self.unit}"
 
     def steps(self, run: Run, plugin: str) -> int:
-        """Return the number of warm-up steps of `run`, or refuse one that is longer than the run."""
+        """Return the number of warm-up steps of `run`.
+
+        Raises:
+            ConfigError: it is in tokens, of which nobody knows the step, or longer than the run.
+        """
+        if self.unit == "tokens":
+            do = "give it in steps or as a share"
+            raise ConfigError([Problem(f"{plugin}: its warm-up cannot be in tokens", str(self), do)])
         steps = math.ceil(self.count * run.total_steps) if self.unit == "share" else int(self.count)
         if steps > run.total_steps:
             what = f"the warm-up of {plugin!r} is longer than the run"
@@ -78,3 +85,8 @@ def smallest_share(run: Run, rate: float | None, share: float | None, *, plugin:
         do = "give a min_lr that is not above the optimizer's rate"
         raise ConfigError([Problem(f"{plugin}: the rate would rise", f"min_lr={rate}, lr={first}", do)])
     return least
+
+
+def wave(share: float, cycles: float, least: float = 0.0) -> float:
+    """Return a cosine from 1 at share 0, `cycles` waves long, whose lowest point is `least`."""
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * cycles * 2.0 * share)) * (1 - least) + least)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from drivetrain import hookimpl, option, plugin
-from drivetrain_plugins.schedule._warmup import HELP, Warmup, warmed
+from drivetrain_plugins.schedule._warmup import HELP, Warmup, warmed, wave
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +29,6 @@ class Cosine:
         cycles = self.cycles
 
         def after(step: int, warm: int, total: int) -> float:
-            share = (step - warm) / max(1, total - warm)
-            return max(0.0, 0.5 * (1.0 + math.cos(math.pi * cycles * 2.0 * share)))
+            return wave((step - warm) / max(1, total - warm), cycles)
 
         return warmed(run, self.warmup, "cosine", after)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from drivetrain import hookimpl, option, plugin
-from drivetrain_plugins.schedule._warmup import HELP, Warmup, smallest_share, warmed
+from drivetrain_plugins.schedule._warmup import HELP, Warmup, smallest_share, warmed, wave
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,7 +30,6 @@ class CosineMinLR:
         cycles, least = self.cycles, smallest_share(run, self.min_lr, self.min_share, plugin="cosine-min-lr")
 
         def after(step: int, warm: int, total: int) -> float:
-            share = (step - warm) / max(1, total - warm)
-            return max(0.0, 0.5 * (1.0 + math.cos(math.pi * cycles * 2.0 * share)) * (1 - least) + least)
+            return wave((step - warm) / max(1, total - warm), cycles, least)
 
         return warmed(run, self.warmup, "cosine-min-lr", after)

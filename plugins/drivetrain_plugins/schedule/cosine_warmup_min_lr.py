@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
-from drivetrain import ConfigError, Problem, hookimpl, option, plugin
-from drivetrain_plugins.schedule._warmup import HELP, Warmup, smallest_share
+from drivetrain import hookimpl, option, plugin
+from drivetrain_plugins.schedule._warmup import HELP, Warmup, smallest_share, wave
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,9 +35,6 @@ class CosineWarmupMinLR:
     def build_schedule(self, run: Run) -> Callable[[int], float]:
         """Return the factor as a function of the applied steps."""
         least = smallest_share(run, self.min_lr, self.min_share, plugin="cosine-warmup-min-lr")
-        if self.warmup.unit == "tokens":
-            do = "give it in steps or as a share, or take cosine-min-lr"
-            raise ConfigError([Problem("cosine-warmup-min-lr: its warm-up cannot be in tokens", str(self.warmup), do)])
         warm, total = self.warmup.steps(run, "cosine-warmup-min-lr"), run.total_steps
         first, cycles = self.first_share, self.cycles
 
@@ -47,7 +43,6 @@ class CosineWarmupMinLR:
                 if first is None:
                     return (step + 1.0) / max(1.0, warm)
                 return first + (1.0 - first) * step / max(1.0, warm - 1)
-            share = (step - warm + 1.0) / max(1.0, total - warm)
-            return max(0.0, 0.5 * (1.0 + math.cos(math.pi * cycles * 2.0 * share)) * (1 - least) + least)
+            return wave((step - warm + 1.0) / max(1.0, total - warm), cycles, least)
 
         return factor

@@ -39,9 +39,6 @@ class WarmupStableDecay:
     def build_schedule(self, run: Run) -> Callable[[int], float]:
         """Return the factor as a function of the applied steps."""
         total, least = run.total_steps, self.min_share
-        if self.warmup.unit == "tokens":
-            do = "give it in steps or as a share"
-            raise ConfigError([Problem("warmup-stable-decay: its warm-up cannot be in tokens", str(self.warmup), do)])
         warm = self.warmup.steps(run, "warmup-stable-decay")
         fall = math.ceil(self.decay * total) if self.decay < 1 else int(self.decay)
         if warm + fall > total:
