@@ -91,7 +91,7 @@ def test_the_oracle_can_tell():
 def test_pair(first, second, kit_folder, tmp_path):
     """The pair is refused with a problem that says why, or its weights equal the hand-written loop's, in either order."""
     for order in ((first, second), (second, first)):
-        plugins = examples(order, kit_folder)
+        plugins = examples({name: Catalogue().entry(name).load() for name in order}, kit_folder)
         outcome = compose_pair(*order, plugins, kit_folder, tmp_path / order[0])
         if outcome.refused is not None:
             assert (complaint := refusal(outcome.refused, first, second)) is None, complaint

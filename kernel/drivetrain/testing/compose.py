@@ -22,7 +22,7 @@ from drivetrain.testing.probes import BaseOptimizer
 from drivetrain.trainer import Trainer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from drivetrain.state import Run
@@ -45,9 +45,8 @@ def example(plugin: type | str, folder: Path, settings: Mapping[str, Any] | None
     return made(**fill(dict(given), folder, rows))
 
 
-def examples(names: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Return instances of installed plugins that are to act together: each as the others' `companions` want it."""
-    classes = {name: Catalogue().entry(name).load() for name in names}
+def examples(classes: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return instances of plugins that are to act together, by name: each as the others' `companions` want it."""
     wanted = companions(classes.values())
     kind = written_kind(classes.values(), tokenized="tokenize" in classes) or "text"
     return {name: example(cls, folder, wanted.get(name), kind) for name, cls in classes.items()}

@@ -27,15 +27,14 @@ from drivetrain.testing import probes
 from drivetrain.testing.compose import (
     STEPS,
     Composition,
-    companions,
     complete,
     compose_pair,
     example,
+    examples,
     first_party,
     owned,
     refusal,
-    written_kind,
-)  # fmt: skip
+)
 from drivetrain.testing.digests import decode, digest, encode
 from drivetrain.testing.files import fill
 
@@ -262,10 +261,8 @@ class PluginSuite:
         """With each first-party plugin it is refused with a reason, or trains; an observer changes nothing there."""
         if other == self.name:
             pytest.skip("itself")
-        both = [self.cls, Catalogue().entry(other).load()]
-        kind = written_kind(both, tokenized="tokenize" in (self.name, other)) or "text"
-        beside = example(other, kit_folder, companions(both).get(other), kind)
-        pair = {self.name: self.make(kit_folder), other: beside}
+        both = examples({self.name: self.cls, other: Catalogue().entry(other).load()}, kit_folder)
+        pair = {**both, self.name: self.make(kit_folder)}
         outcome = compose_pair(self.name, other, pair, kit_folder, tmp_path)
         if outcome.refused is not None:
             assert (complaint := refusal(outcome.refused, self.name, other)) is None, complaint

@@ -13,12 +13,12 @@ import attrs
 import numpy as np
 
 from drivetrain import BadRow, ConfigError, DataError
+from drivetrain.data import IGNORE_INDEX
 from drivetrain_plugins.shared.table import Ragged, Table, column_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-IGNORE_INDEX = -100
 MASKS = ("attention_mask", "token_type_ids", "special_tokens_mask")
 
 

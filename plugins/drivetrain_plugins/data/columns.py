@@ -10,6 +10,7 @@ import attrs
 
 from drivetrain import Columns, ConfigError, DataError, hookimpl, option, plugin
 from drivetrain_plugins.shared.blocks import Mapped
+from drivetrain_plugins.shared.causal import unwrapped
 from drivetrain_plugins.shared.table import Table
 
 if TYPE_CHECKING:
@@ -21,22 +22,9 @@ log = logging.getLogger("drivetrain")
 LABELS = ("label", "label_ids", "labels")
 
 
-def inner(model: Any) -> Any:
-    """Return the model inside the wrappers of peft, torch.compile and parallel training."""
-    while True:
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # noqa: SLF001 - where torch.compile keeps it
-        elif type(model).__name__.endswith("DataParallel"):
-            model = model.module
-        else:
-            return model
-
-
 def taken(model: Any) -> list[str]:
     """Return the names of the arguments of the model's forward."""
-    parameters = inspect.signature(inner(model).forward).parameters.values()
+    parameters = inspect.signature(unwrapped(model).forward).parameters.values()
     return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
 

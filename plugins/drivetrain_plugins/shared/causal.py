@@ -9,16 +9,16 @@ if TYPE_CHECKING:
 
 
 def unwrapped(model: Any) -> Any:
-    """Return the model inside what compiles or shards it."""
+    """Return the model inside the wrappers of peft, torch.compile and parallel training."""
     while True:
-        inner = getattr(model, "_orig_mod", None) or (getattr(model, "module", None) if _is_wrapper(model) else None)
-        if inner is None:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # noqa: SLF001 - where torch.compile keeps it
+        elif type(model).__name__.endswith("DataParallel"):
+            model = model.module
+        else:
             return model
-        model = inner
-
-
-def _is_wrapper(model: Any) -> bool:
-    return type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
 
 
 def attends_back(model: Any) -> bool:
