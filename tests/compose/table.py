@@ -284,7 +284,8 @@ def arguments(composition, folder, run=None):
     shifted) to a sum of item losses; and whether the collator, the order or the rows of `run` are taken.
     """
     found = {"count": counted}
-    for name, plugin in composition.plugins.items():
+    # What a loss counts is the last word, wherever it stands in the list.
+    for name, plugin in sorted(composition.plugins.items(), key=lambda item: item[1].role == "loss"):
         if name in TABLE:
             found.update(TABLE[name](plugin, folder))
     fetch = run.batches["train"].fetch if run is not None else None

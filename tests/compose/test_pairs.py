@@ -75,6 +75,7 @@ def test_the_oracle_can_tell():
     base = reference.train(**table.arguments(Composition({"base-optimizer": BaseOptimizer()}), Path()))
 
     class Options:
+        role = "control"
         batches, lr, weight_decay, betas, eps, momentum, nesterov = 2, 0.01, 0.1, (0.9, 0.999), 1e-8, 0.9, False
         norm, warmup, batch_size, drop_last = 0.1, 2, 16, False
 
