@@ -69,9 +69,12 @@ class Catalogue:
     def __init__(self, points: Iterable[metadata.EntryPoint] | None = None) -> None:
         """Read the installed entry points, or take `points` (for tests)."""
         self._entries: dict[str, list[Entry]] = {}
+        origins: dict[Any, tuple[str, str]] = {None: ("?", "?")}  # each look at a name parses all its metadata
         for point in metadata.entry_points(group=GROUP) if points is None else points:
             dist = point.dist
-            entry = Entry(point.name, point.value, dist.name if dist else "?", dist.version if dist else "?", point)
+            if dist not in origins:
+                origins[dist] = dist.name, dist.version
+            entry = Entry(point.name, point.value, *origins[dist], point)
             if entry not in self._entries.setdefault(point.name, []):  # the same distribution may be found twice
                 self._entries[point.name].append(entry)
 
