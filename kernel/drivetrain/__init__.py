@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from drivetrain.hooks import Hooks, collect, event, hookimpl, operation
     from drivetrain.options import import_object, option, plugin, require
     from drivetrain.plan import Plan
+    from drivetrain.protocols import Metric, Reader, Stream
     from drivetrain.recipe import Recipe
-    from drivetrain.state import Exporter, Metric, Micro, Run, Settings, Stage, Step, Transform
-    from drivetrain.streams import BadRow, Counted, Iterated, Reader, Stream, Streamed
+    from drivetrain.state import Exporter, Micro, Run, Settings, Stage, Step, Transform
+    from drivetrain.streams import BadRow, Counted, Iterated, Streamed
     from drivetrain.trainer import Result, Trainer
     from drivetrain.triggers import Trigger
 
@@ -40,8 +41,9 @@ _HOMES = {
     "options": ["import_object", "option", "plugin", "require"],
     "plan": ["Plan"],
     "recipe": ["Recipe"],
-    "state": ["Exporter", "Metric", "Micro", "Run", "Settings", "Stage", "Step", "Transform"],
-    "streams": ["BadRow", "Counted", "Iterated", "Reader", "Stream", "Streamed"],
+    "protocols": ["Metric", "Reader", "Stream"],
+    "state": ["Exporter", "Micro", "Run", "Settings", "Stage", "Step", "Transform"],
+    "streams": ["BadRow", "Counted", "Iterated", "Streamed"],
     "trainer": ["Result", "Trainer"],
     "triggers": ["Trigger"],
 }  # fmt: skip

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -50,18 +47,6 @@ class Entry:
             raise ConfigError(f"plugin {self.name!r} ({self.value}) is no class. Received: {loaded!r}")
         return loaded
 
-    @property
-    def summary(self) -> str:
-        """Return the first line of the class's docstring, read from the source without importing it."""
-        module, _, name = self.value.partition(":")
-        spec = importlib.util.find_spec(module)
-        if spec is None or not spec.origin:
-            return ""
-        for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef) and node.name == name:
-                return (ast.get_docstring(node) or "").partition("\n")[0]
-        return ""
-
 
 class Catalogue:
     """Every plugin that installed distributions offer, by name."""
@@ -69,10 +54,10 @@ class Catalogue:
     def __init__(self, points: Iterable[metadata.EntryPoint] | None = None) -> None:
         """Read the installed entry points, or take `points` (for tests)."""
         self._entries: dict[str, list[Entry]] = {}
-        origins: dict[Any, tuple[str, str]] = {None: ("?", "?")}  # each look at a name parses all its metadata
+        origins: dict[Any, tuple[str, str]] = {None: ("?", "?")}  # each look at its name parses all a distribution says
         for point in metadata.entry_points(group=GROUP) if points is None else points:
             dist = point.dist
-            if dist not in origins:
+            if dist is not None and dist not in origins:
                 origins[dist] = dist.name, dist.version
             entry = Entry(point.name, point.value, *origins[dist], point)
             if entry not in self._entries.setdefault(point.name, []):  # the same distribution may be found twice

@@ -5,9 +5,6 @@ What is wrong with the input is one message on stderr and exit status 2; anythin
 
 from __future__ import annotations
 
-import ast
-import importlib.util
-import inspect
 import json
 import os
 import re
@@ -18,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from drivetrain.errors import CheckpointError, ConfigError, DrivetrainError, Problem, RecipeError, nearest
+from drivetrain.listing import catalogue_rows, describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from drivetrain.catalogue import Catalogue, Entry
     from drivetrain.recipe import Recipe
     from drivetrain.trainer import Result, Trainer
 
@@ -173,10 +170,10 @@ def plugins(name: str | None, as_json: bool) -> None:
 
     catalogue = Catalogue()
     if name is not None:
-        about = _describe(catalogue.entry(name))
+        about = describe(catalogue.entry(name))
         click.echo(json.dumps(about, indent=2)) if as_json else _show(about)
         return
-    listed, columns = list(_catalogue_rows(catalogue)), ["plugin", "role", "distribution", "what it does"]
+    listed, columns = list(catalogue_rows(catalogue)), ["plugin", "role", "distribution", "what it does"]
     rows = [list(row.values())[:4] for row in listed]
     click.echo(json.dumps(listed, indent=2)) if as_json else _table(columns, rows)
 
@@ -301,74 +298,6 @@ def _report(result: Result, *, as_json: bool) -> None:
 
 
 # --- the catalogue ---------------------------------------------------------------------------------------------------
-
-
-def _catalogue_rows(catalogue: Catalogue) -> Iterable[dict[str, str]]:
-    for name in catalogue.names:
-        try:
-            entry = catalogue.entry(name)
-            role, summary = _role(entry), entry.summary
-            origin, value = f"{entry.distribution} {entry.version}", entry.value
-        except ConfigError as error:  # two distributions offer it
-            role, origin, summary, value = "", "", str(error), ""
-        except (ImportError, OSError, SyntaxError, UnicodeDecodeError) as error:
-            role, origin, summary, value = "", entry.distribution, f"cannot be read: {error}", entry.value
-        yield {"name": name, "role": role, "distribution": origin, "summary": summary, "class": value}
-
-
-def _role(entry: Entry) -> str:
-    """Return the role that `@plugin(role=...)` gives the class, read from the source without importing it."""
-    module, _, name = entry.value.partition(":")
-    spec = importlib.util.find_spec(module)
-    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8")) if spec and spec.origin else ast.Module([], [])
-    found = [
-        keyword.value.value
-        for node in tree.body
-        if isinstance(node, ast.ClassDef) and node.name == name
-        for call in node.decorator_list
-        if isinstance(call, ast.Call)
-        for keyword in call.keywords
-        if keyword.arg == "role" and isinstance(keyword.value, ast.Constant)
-    ]
-    return str(found[0]) if found else ""
-
-
-def _describe(entry: Entry) -> dict[str, Any]:
-    """Import a plugin's class and return what a user can know of it, as JSON values."""
-    from drivetrain.options import option_fields  # noqa: PLC0415
-
-    cls = entry.load()
-    hooks = []
-    for attribute in dir(cls):
-        opts = getattr(inspect.getattr_static(cls, attribute), "drivetrain_impl", None)
-        if opts is not None:
-            hooks.append((opts["specname"] or attribute) + (" (wrapper)" if opts["wrapper"] else ""))
-    words = {word: list(getattr(cls, word, ())) for word in ("provides", "requires", "conflicts")}
-    return {
-        "name": entry.name,
-        "role": getattr(cls, "role", ""),
-        "effect": getattr(cls, "effect", ""),
-        "about": inspect.getdoc(cls) or "",
-        "options": {name: _option(field) for name, field in option_fields(cls).items()},
-        "hooks": hooks,
-        **{word: value for word, value in words.items() if value},
-        "distribution": f"{entry.distribution} {entry.version}",
-        "class": entry.value,
-        "file": inspect.getsourcefile(cls) or "",
-    }
-
-
-def _option(field: Any) -> dict[str, str]:
-    import attrs  # noqa: PLC0415
-
-    default, about, choices = field.default, field.metadata, field.metadata.get("choices")
-    factory = getattr(default, "factory", None)
-    return {
-        "type": field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type)),
-        "default": "required" if default is attrs.NOTHING else repr(factory() if factory else default),
-        "allowed": "one of " + ", ".join(map(repr, choices)) if choices else about.get("limits", ""),
-        "help": about.get("help", "") + (' ("env:NAME" or "file:PATH")' if about.get("secret") else ""),
-    }
 
 
 def _show(about: dict[str, Any]) -> None:

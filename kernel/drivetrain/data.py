@@ -20,7 +20,7 @@ from drivetrain.streams import BadRow
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from drivetrain.state import Order
+    from drivetrain.protocols import Order
 
 
 log = logging.getLogger("drivetrain")
@@ -76,6 +76,17 @@ def count_labels(batch: Any) -> int | None:
 def count_shifted_labels(batch: Any) -> int | None:
     """Count the target items of a causal model, whose loss predicts `labels[..., 1:]`."""
     return None if batch.get("labels") is None else count_labels({"labels": batch["labels"][..., 1:]})
+
+
+def shifts_labels(model: Any) -> bool:
+    """Tell whether the loss that a transformers model brings predicts `labels[..., 1:]`.
+
+    It names its loss; one that names none takes the causal one, where its attention looks back only.
+    """
+    if getattr(model, "loss_type", "") is not None:
+        return getattr(model, "loss_type", "") == "ForCausalLM"
+    causal = any(getattr(module, "is_causal", False) is True for module in model.modules())
+    return causal and not getattr(model.config, "is_encoder_decoder", False)
 
 
 @attrs.define(eq=False)

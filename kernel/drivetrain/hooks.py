@@ -4,7 +4,7 @@ The loop, with its hooks in place (O operation, E event, C collect; see `kinds` 
 
     assemble:  build_model, build_dataset, build_collator, build_count, batch_checks, build_sampler, build_batches,
                transforms (by stage),
-               parameter_groups, build_optimizer, build_schedule, assembled          [load, loaded on resume]
+               parameter_groups, build_optimizer, count_steps, build_schedule, assembled  [load, loaded on resume]
     fit:                                                  # wrap this one for a whole run's resources
         while not run.finished:
             epoch:
@@ -16,6 +16,7 @@ The loop, with its hooks in place (O operation, E event, C collect; see `kinds` 
                                 for micro in step.micros: prepare, forward, compute_loss, backward
                             gradients_ready
                         clip_gradients                    # grad_norm inside, where a plugin clips
+                        (ranks agree on step.skipped)     # where the fact "may_skip" says that a plugin skips
                         optimizer_step                    # not applied if step.skipped
                         zero_grad
                     step_end                              # counters already advanced
@@ -183,10 +184,18 @@ class Hooks:
         """Return a `torch.optim.Optimizer` over `groups`, after all transforms. No default: name an optimizer."""
 
     @operation()
+    def count_steps(self, run: Run) -> Any:
+        """Return how many optimizer steps the run has. Default: [run] steps, or what its epochs make of the data.
+
+        Who owns `plan_step` and takes other numbers of micro-batches than the fact "accumulation" owns this too.
+        """
+
+    @operation()
     def build_schedule(self, run: Run) -> Any:
         """Return a function from applied steps to the factor on each group's initial rate. Default: constant 1.
 
-        A pure function needs no state and cannot be advanced twice; `run.total_steps` is known.
+        Or a list of such functions, one a group. A pure function needs no state and cannot be advanced twice;
+        `run.total_steps` is known.
         """
 
     @event()

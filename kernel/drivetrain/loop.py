@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from drivetrain.data import InProcess, Sequential, Shuffled, count_labels, count_shifted_labels, stack
+from drivetrain.data import InProcess, Sequential, Shuffled, count_labels, count_shifted_labels, shifts_labels, stack
 from drivetrain.errors import ConfigError, DataError, TrainingError
 from drivetrain.hooks import hookimpl
 from drivetrain.rng import derive_seed, global_seeder
@@ -17,7 +17,7 @@ from drivetrain.state import EVALUATE, SAVE, STOP, Micro, Run, Step
 from drivetrain.streams import Streamed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     from drivetrain.hooks import Hooks
@@ -47,7 +47,8 @@ class Defaults:
     def __init__(self, run: Run, model: Any, datasets: Mapping[str, Any]) -> None:
         """Keep what `Trainer` was given."""
         self._run, self._model, self._datasets = run, model, datasets
-        self._accumulation = run.facts.get("accumulation", 1)
+        self._accumulation: int = run.facts.get("accumulation", 1)
+        self._may_differ = run.world_size > 1 and run.facts.get("may_skip", False)
 
     @property
     def _hooks(self) -> Hooks:
@@ -71,13 +72,16 @@ class Defaults:
         hooks, progress, seed_global = self._hooks, run.progress, global_seeder(run.device)
         train_step, plan_step, step_end = hooks.train_step, hooks.plan_step, hooks.step_end
         seed, rank, lonely = run.settings.seed, run.rank, run.world_size == 1
+        groups, factors = run.optimizer.param_groups, _factors(run)
         log_due, log_interval = self._run.settings.log_every, self._log_interval
         run.stream = run.micros("train", progress.epoch, progress.rows_in_epoch, progress.position)
         while not run.finished:
             step = plan_step(run)
             if step is None:
                 break
-            step.learning_rate = self._set_learning_rate(run)
+            for group, factor in zip(groups, factors(progress.applied), strict=False):  # a skipped step moves nothing
+                group["lr"] = group["initial_lr"] * factor
+            step.learning_rate = groups[0]["lr"]
             seed_global(derive_seed(seed, "step", progress.step, rank))
             train_step(step)
             run.advance(step)
@@ -102,6 +106,8 @@ class Defaults:
         hooks.count_items(step)
         hooks.compute_gradients(step)
         hooks.clip_gradients(step)
+        if self._may_differ:
+            self._agree_on_skipping(step)
         hooks.optimizer_step(step)
         hooks.zero_grad(step)
 
@@ -216,13 +222,13 @@ class Defaults:
 
     # --- around a step -------------------------------------------------------------------------------------------
 
-    def _set_learning_rate(self, run: Run) -> float:
-        """Write this step's rates: a function of the applied steps, so that a skipped step moves nothing."""
-        factor = 1.0 if run.schedule is None else run.schedule(run.progress.applied)
-        rate = 0.0
-        for group in run.optimizer.param_groups:
-            rate = group["lr"] = group["initial_lr"] * factor
-        return rate
+    @staticmethod
+    def _agree_on_skipping(step: Step) -> None:
+        """Skip on all ranks what one of them skips."""
+        skips = torch.tensor(step.skipped is not None, dtype=torch.int32, device=step.run.device)
+        torch.distributed.all_reduce(skips, torch.distributed.ReduceOp.MAX)
+        if skips.item() and step.skipped is None:
+            step.skip("another rank asked")
 
     def _measure(self, run: Run, step: Step) -> None:
         """Add the step to what the next log averages; everything stays on the device."""
@@ -275,8 +281,9 @@ class Defaults:
     # --- assembly ------------------------------------------------------------------------------------------------
 
     @hookimpl
-    def build_model(self, run: Run) -> Any:  # noqa: ARG002
+    def build_model(self, run: Run) -> Any:
         """Use the given model."""
+        run.shifted_labels = shifts_labels(self._model)
         return self._model
 
     @hookimpl
@@ -329,9 +336,28 @@ class Defaults:
         return [group for group in groups if group["params"]]
 
     @hookimpl
+    def count_steps(self, run: Run) -> int:
+        """Take the given number, or what the epochs make of the data."""
+        if run.settings.steps is not None:
+            return int(run.settings.steps)
+        if run.rows_per_epoch is None:
+            raise ConfigError("nobody knows the length of the training data, a stream: give steps instead of epochs")
+        return math.ceil((run.settings.epochs or 0) * math.ceil(len(run.batches["train"]) / self._accumulation))
+
+    @hookimpl
     def build_schedule(self, run: Run) -> None:  # noqa: ARG002
         """Keep the rate."""
         return
+
+
+def _factors(run: Run) -> Callable[[int], Iterable[float]]:
+    """Return the function from applied steps to each group's factor."""
+    schedule, groups = run.schedule or (lambda _: 1.0), len(run.optimizer.param_groups)
+    if callable(schedule):
+        return lambda applied: itertools.repeat(schedule(applied))
+    if len(schedule) != groups:
+        raise ConfigError(f"build_schedule gave {len(schedule)} functions for {groups} groups of the optimizer")
+    return lambda applied: [one(applied) for one in schedule]
 
 
 def evaluate(run: Run, split: str) -> dict[str, float]:

@@ -59,9 +59,8 @@ def option(
             hint = nearest(value, map(str, choices)) if isinstance(value, str) else ""
             raise ValueError(f"{attribute.name} must be one of {list(choices)}. Received: {value!r} {hint}".rstrip())
 
-    if factory is not None:
-        return attrs.field(factory=factory, validator=check, converter=converter, metadata=metadata, init=init)
-    return attrs.field(default=default, validator=check, converter=converter, metadata=metadata, init=init)
+    start: dict[str, Any] = {"default": default} if factory is None else {"factory": factory}
+    return attrs.field(**start, validator=check, converter=converter, metadata=metadata, init=init)
 
 
 @dataclass_transform(eq_default=False, field_specifiers=(attrs.field, option))

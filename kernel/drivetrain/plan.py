@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from drivetrain.catalogue import Catalogue
     from drivetrain.state import Settings
 
-# Operations without a default: who can own them is looked up by these words for the message.
-NEEDED = {"build_optimizer": "an optimizer", "build_model": "a model"}
 # Facts that the kernel's default of an operation reads; another owner must say that it reads them too.
 READERS = {"accumulation": "plan_step"}
 

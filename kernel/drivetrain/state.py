@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from drivetrain.hooks import Hooks
     from drivetrain.plan import Plan
+    from drivetrain.protocols import Batches
 
 
 def _path(value: str | Path | None) -> Path | None:
@@ -62,16 +63,6 @@ class Transform:
     exclusive: bool = False
 
 
-class Metric(Protocol):
-    """A streaming metric of an evaluation; lives for one pass over one split."""
-
-    def update(self, micro: Micro) -> None:
-        """Add one batch; `micro.outputs` and `micro.batch` are on the device, so avoid `.item()`."""
-
-    def compute(self) -> dict[str, float]:
-        """Return the values by name."""
-
-
 @attrs.frozen
 class Exporter:
     """One export format: `write(run, path)` makes the folder or file `path`."""
@@ -79,30 +70,6 @@ class Exporter:
     format: str
     write: Callable[[Run, Path], None]
     suffix: str = ""
-
-
-class Order(Protocol):
-    """A sampler: the order of a split, a function of the epoch (and the run's seed and data) only."""
-
-    rows: int
-
-    def order(self, epoch: int) -> torch.Tensor:
-        """Return row numbers, int64 (rows,).
-
-        A method `bounds(epoch)` besides cuts the micro-batches: int64 (M + 1,), from 0 to `rows`; M never changes.
-        """
-
-
-class Batches(Protocol):
-    """A loader: micro-batches of a split from any position of any epoch, in O(1)."""
-
-    rows_per_epoch: int
-
-    def __len__(self) -> int:
-        """Return the number of micro-batches in one epoch."""
-
-    def iterate(self, epoch: int, start: int = 0, position: Any = None) -> Iterator[Micro]:
-        """Yield the micro-batches of `epoch` from row number `start` of its order on; of a stream, from `position`."""
 
 
 @attrs.define(eq=True)
@@ -188,7 +155,7 @@ class Run:
     shifted_labels: bool = False  # the model's loss predicts labels[..., 1:]
     optimizer: Any = None
     parameters: tuple[torch.nn.Parameter, ...] = ()  # those the optimizer updates
-    schedule: Callable[[int], float] | None = None  # applied steps -> factor on each group's initial rate
+    schedule: Any = None  # applied steps -> factor on each group's initial rate, or a list of such, one a group
     datasets: dict[str, Any] = attrs.field(factory=dict)  # by split: "train", "evaluate", "evaluate/NAME"
     batches: dict[str, Batches] = attrs.field(factory=dict)
     progress: Progress = attrs.field(factory=Progress)

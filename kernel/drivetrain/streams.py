@@ -8,7 +8,7 @@ make only their own batches, so the order does not depend on how many they are.
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
@@ -20,27 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from drivetrain.data import Fetch
+    from drivetrain.protocols import Reader
     from drivetrain.state import Micro
-
-
-class Reader(Protocol):
-    """Rows from some position on."""
-
-    def __iter__(self) -> Iterator[Any]:
-        """Return itself."""
-
-    def __next__(self) -> Any:
-        """Return the next row, or a `BadRow` in its place."""
-
-    def position(self) -> Any:
-        """Return where to go on after the rows given so far, in JSON values."""
-
-
-class Stream(Protocol):
-    """Rows in an order that depends on the epoch (and the run's seed) only."""
-
-    def open(self, epoch: int, position: Any = None) -> Reader:
-        """Return a reader that stands at `position`, or at the epoch's start."""
 
 
 @attrs.frozen

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -249,16 +248,9 @@ def _build(run: Run) -> None:
     run.parameters = tuple(p for p in run.model.parameters() if id(p) in updated)  # in the model's order
     for group in run.optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
-    run.total_steps = run.settings.steps or _steps_of_epochs(run)
+    run.total_steps = hooks.count_steps(run)
     run.schedule = hooks.build_schedule(run)
     hooks.assembled(run)
-
-
-def _steps_of_epochs(run: Run) -> int:
-    if run.rows_per_epoch is None:
-        raise ConfigError("the training data is a stream, and nobody knows its length: give steps instead of epochs")
-    per_epoch = math.ceil(len(run.batches["train"]) / int(run.facts.get("accumulation", 1)))
-    return math.ceil((run.settings.epochs or 0) * per_epoch)
 
 
 def _build_split(run: Run, split: str, dataset: Any) -> None:

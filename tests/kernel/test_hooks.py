@@ -58,8 +58,8 @@ def test_the_whole_run_in_order(tmp_path):
     names = recorder.names
     built = names[: names.index("fit")]
     assert [n for n in built if n in ASSEMBLY][:5] == ASSEMBLY[1:6]
-    rest = ["transforms", "parameter_groups", "build_optimizer", "build_schedule", "assembled"]
-    assert built[-5:] == rest
+    rest = ["transforms", "parameter_groups", "build_optimizer", "count_steps", "build_schedule", "assembled"]
+    assert built[-6:] == rest
     evaluation = ["evaluate", "metrics", *["prepare", "forward", "compute_loss"] * 2, "log", "evaluated"]
     boundary = ["log", "agree", *evaluation, "save", "saved"]
     assert names[names.index("fit") :] == ["fit", "epoch", *STEP, *STEP, *boundary]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from drivetrain import ConfigError, Micro, Stage, Trainer, TrainingError, Transform, hookimpl
+from drivetrain import ConfigError, Micro, Stage, Step, Trainer, TrainingError, Transform, hookimpl
 from drivetrain.data import Sequential
 from drivetrain.rng import derive_seed
 from drivetrain.testing import BaseOptimizer, Recorder, StopAt, digest, make_run, make_step
@@ -365,3 +365,62 @@ def test_a_run_inside_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="lies inside the checkpoint"):
         Trainer(tiny_module(), [BaseOptimizer()], steps=1, output=tmp_path / "run").fit(tensor_rows(8))
     assert not (tmp_path / "run").exists()
+
+
+class TwoRates:
+    """Two groups with rates of their own."""
+
+    def __init__(self, schedules):
+        self.schedules, self.rates = schedules, []
+
+    @hookimpl
+    def build_optimizer(self, run, groups):
+        return torch.optim.SGD([dict(g, lr=lr) for g, lr in zip(groups, (0.1, 0.4), strict=True)])
+
+    @hookimpl
+    def build_schedule(self, run):
+        return self.schedules
+
+    @hookimpl
+    def gradients_ready(self, step):
+        self.rates.append([group["lr"] for group in step.run.optimizer.param_groups])
+
+
+def test_a_schedule_is_one_function_or_one_a_group():
+    """A function moves all groups together; a list gives each its own, and must fit."""
+    halves, constant = (lambda step: 0.5**step), (lambda step: 1.0)
+    for schedules, wanted in (
+        (halves, [[0.1, 0.4], [0.05, 0.2], [0.025, 0.1]]),
+        ([halves, constant], [[0.1, 0.4], [0.05, 0.4], [0.025, 0.4]]),
+    ):
+        plugin = TwoRates(schedules)
+        run = make_run(plugin, steps=3)
+        run.hooks.fit(run)
+        assert plugin.rates == [pytest.approx(rates) for rates in wanted]
+    run = make_run(TwoRates([halves]), steps=3)
+    with pytest.raises(ConfigError, match="1 functions for 2 groups"):
+        run.hooks.fit(run)
+
+
+class Twice:
+    """Take one, then two micro-batches, and say how many steps that makes."""
+
+    reads = ("accumulation",)
+
+    @hookimpl
+    def plan_step(self, run):
+        micros = [m for _, m in zip(range(1 + run.progress.step % 2), run.stream, strict=False)]
+        return Step(run, run.progress.step, micros) if micros else None
+
+    @hookimpl
+    def count_steps(self, run):
+        return 4
+
+
+def test_who_plans_the_steps_counts_them():
+    """`count_steps` is asked before the schedule is built, and ends the run."""
+    run = make_run(Twice(), epochs=1)
+    assert run.total_steps == 4
+    run.hooks.fit(run)
+    assert run.progress.step == 4
+    assert run.progress.epoch == 1, "5 micro-batches: 1, 2, 1, 1"

@@ -95,6 +95,30 @@ def test_votes_are_united():
     assert run_ranks(votes_of_ranks) == [[0, STOP | SAVE, EVALUATE]] * 2
 
 
+class SkipOnRank1:
+    """Skip step 1 on one rank, as a guard that sees its own loss would."""
+
+    facts = {"may_skip": True}  # noqa: RUF012
+
+    @hookimpl
+    def gradients_ready(self, step):
+        if step.run.rank == 1 and step.number == 1:
+            step.skip("the test says so")
+
+
+def skip_on_one_rank():
+    run = make_run(SkipOnRank1(), AllReduce(), steps=3)
+    run.hooks.fit(run)
+    return run.progress.applied, run.skipped_steps, run.model.head.weight.detach().clone()
+
+
+def test_a_step_is_skipped_by_all_ranks_or_none():
+    """What one rank skips, no rank applies: counters and weights stay equal."""
+    (applied, skipped, weight), (other_applied, other_skipped, other_weight) = run_ranks(skip_on_one_rank)
+    assert (applied, skipped) == (other_applied, other_skipped) == (2, 1)
+    assert torch.equal(weight, other_weight)
+
+
 class StopOnRank1:
     @hookimpl
     def step_end(self, step):

@@ -189,7 +189,7 @@ def test_an_iterable_that_never_ends_is_trained_on_for_its_steps():
     made = trainer(steps=12)
     assert made.fit(Endless()).steps == 12
     assert (made.run.progress.epoch, made.run.progress.rows) == (0, 96)
-    with pytest.raises(ConfigError, match="nobody knows its length: give steps instead of epochs"):
+    with pytest.raises(ConfigError, match="a stream: give steps instead of epochs"):
         trainer(epochs=1).fit(Endless())
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from drivetrain import Recipe, hooks
 from drivetrain.catalogue import Catalogue, Entry
+from drivetrain.listing import summary_of
 from drivetrain.options import ROLES
 
 README = Path(__file__).parents[2] / "README.md"
@@ -53,7 +54,7 @@ def extras_of(entry: Entry) -> str:
 
 def plugins(_: str) -> str:
     """Return the table of plugins."""
-    rows = [f"| `{e.name}` | {role_of(e)} | {e.summary} | {extras_of(e)} |" for e in first_party()]
+    rows = [f"| `{e.name}` | {role_of(e)} | {summary_of(e)} | {extras_of(e)} |" for e in first_party()]
     return "\n".join(["| plugin | role | what it does | install |", "| --- | --- | --- | --- |", *rows])
 
 

@@ -7,6 +7,7 @@ import contextlib
 import torch
 
 from drivetrain import Run, Shuffled, Trainer, hookimpl
+from drivetrain.data import shifts_labels
 from drivetrain.rng import derive_seed
 
 FEATURES, CLASSES, BATCH = 6, 3, 8
@@ -126,4 +127,6 @@ def assert_same_weights(left, right):
 
 def cpu_run(**fields):
     """Return a run by hand, as hook-level tests need it."""
-    return Run(device=torch.device("cpu"), **fields)
+    run = Run(device=torch.device("cpu"), **fields)
+    run.shifted_labels = run.model is not None and shifts_labels(run.model)  # as the kernel finds it
+    return run

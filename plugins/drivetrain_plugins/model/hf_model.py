@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from drivetrain import ConfigError, Problem, hookimpl, option, plugin, require
+from drivetrain.data import shifts_labels
 from drivetrain_plugins.model._batch_checks import checks_for
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class HFModel:
             raise ConfigError(
                 [Problem("hf-model: the model cannot be loaded", f"{self.path}: {type(error).__name__}: {error}", do)]
             ) from error
-        run.shifted_labels = self.task == "causal-lm"
+        run.shifted_labels = shifts_labels(model)
         return model
 
     @hookimpl

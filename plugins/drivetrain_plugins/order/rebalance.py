@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from drivetrain import Run
-    from drivetrain.state import Order
+    from drivetrain.protocols import Order
 
     Array = np.ndarray[Any, Any]
 

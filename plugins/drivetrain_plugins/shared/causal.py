@@ -30,17 +30,5 @@ def attends_back(model: Any) -> bool:
 
 
 def shifts_labels(run: Run) -> bool:
-    """Tell whether the run's loss predicts `labels[..., 1:]`.
-
-    A loss plugin says so with the fact "shifted_labels"; else it is what the model plugin found, or what a
-    transformers model says of its own loss (one without a named loss takes the causal one where it generates).
-    """
-    if "shifted_labels" in run.facts:
-        return bool(run.facts["shifted_labels"])
-    if run.shifted_labels:
-        return True
-    model = unwrapped(run.model)
-    if not hasattr(model, "loss_type"):
-        return False
-    named: str | None = model.loss_type
-    return named == "ForCausalLM" or (named is None and model.can_generate() and attends_back(model))
+    """Tell whether the run's loss predicts `labels[..., 1:]`: a loss plugin says so, else it is the model's own."""
+    return bool(run.facts.get("shifted_labels", run.shifted_labels))

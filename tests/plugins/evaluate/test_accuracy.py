@@ -88,3 +88,21 @@ def test_without_an_evaluation_the_plan_refuses():
     """A metric that nobody computes is refused before the run."""
     with pytest.raises(PlanError, match="'accuracy' requires 'evaluation'"):
         fit(net(), [SGD(), Accuracy()], columns(), steps=1)
+
+
+def test_a_shifted_model_is_measured_at_the_next_label():
+    """Where the run's loss predicts the next token, so does the accuracy."""
+    run = cpu_run()
+    run.shifted_labels = True
+    (metric,) = Accuracy().metrics(run)
+    labels = torch.tensor([[5, 1, 0, -100], [5, 2, 2, 2]])
+    logits = torch.nn.functional.one_hot(torch.tensor([[1, 0, 9, 9], [2, 0, 2, 9]]), 10).float()
+    metric.update(Micro({"labels": labels}, 2, 5, outputs={"logits": logits}))
+    assert metric.compute() == {"accuracy": 4 / 5}
+
+
+def test_labels_that_are_no_classes_are_refused():
+    """Shapes that cannot be compared are told, not broadcast."""
+    (metric,) = Accuracy().metrics(cpu_run())
+    with pytest.raises(TrainingError, match=r"logits \(\.\.\., C\) for labels .* logits \(2, 3\), labels \(2, 3\)"):
+        metric.update(Micro({"labels": torch.zeros(2, 3)}, 2, 2, outputs={"logits": torch.zeros(2, 3)}))

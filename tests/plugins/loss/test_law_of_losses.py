@@ -65,7 +65,12 @@ def absolute(logits, row):
     return (logits[:, 0] - logits[:, 1])[kept].abs()
 
 
+class NoLoss:
+    """Nobody owns the loss: the model's own is taken, and counted as it counts."""
+
+
 CASES = {
+    "the model's own, shifted": ("gpt2", "words", NoLoss, shifted),
     "causal-lm-loss": ("gpt2", "words", CausalLMLoss, shifted),
     "causal cross-entropy": ("gpt2", "words", CrossEntropy, shifted),
     "chunked, shifted": ("gpt2", "words", lambda: ChunkedCrossEntropy(chunk=5), shifted),
@@ -93,13 +98,14 @@ def test_every_arrangement_gives_the_gradient_by_hand_in_float64(case):
     kind, labels, loss, items = CASES[case]
     rows = token_rows(labels)
     wanted, mean = by_hand(made(kind, torch.float64), rows, items)
+    limit = 1e-6 if loss is NoLoss else 1e-12  # transformers rounds the logits to float32
     ways = arrangements(padding)
     if kind != "gpt2":  # a model that looks both ways needs the mask of `pack`
         ways = {name: way for name, way in ways.items() if "flattened" not in name}
     for name, way in ways.items():
         gradient, value = step_gradient(made(kind, torch.float64), rows, loss(), way)
-        assert distance(gradient, wanted) < 1e-12, name
-        assert value == pytest.approx(mean, rel=1e-12), name
+        assert distance(gradient, wanted) < limit, name
+        assert value == pytest.approx(mean, rel=limit), name
 
 
 @pytest.mark.parametrize("case", CASES)
