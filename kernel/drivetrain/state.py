@@ -128,7 +128,7 @@ class Step:
 
 def _uncast(loaded: Any, saved: Any) -> Any:
     """Undo torch's cast of loaded state to its parameter's type: float32 moments of bfloat16 weights lose bits."""
-    if isinstance(saved, dict):
+    if isinstance(saved, dict) and isinstance(loaded, dict):
         return {key: _uncast(loaded[key], value) for key, value in saved.items()}
     if isinstance(saved, torch.Tensor) and saved.dtype != loaded.dtype:
         return saved.to(loaded.device)

@@ -19,7 +19,7 @@ def keyed(seed, name, *key):
     return torch.Generator().manual_seed(derive_seed(seed, name, *key))
 
 
-def train(
+def train(  # noqa: PLR0912 - one rule after the other, as a hand-written loop has them
     *,
     build_model,
     make_batch,
@@ -39,6 +39,12 @@ def train(
     summed=None,
     order=None,
     bounds=None,
+    groups=None,
+    prepares=(),
+    gradients=None,
+    edits=(),
+    update=None,
+    afters=(),
 ):
     """Train from scratch and return the parameters by name.
 
@@ -46,14 +52,14 @@ def train(
         build_model: called without arguments after seeding; returns a module that takes a batch's items by name.
         make_batch: from a list of row numbers, a generator (or None) and the epoch to a batch, a dict of tensors or of strings.
         rows: how many there are.
-        optimizer: from (parameters that decay, parameters that do not) to a `torch.optim.Optimizer`.
+        optimizer: from groups (dicts with "params", which may set "weight_decay" or "lr") to a `torch.optim.Optimizer`.
         steps: optimizer steps.
         seed: the run's.
         batch_size: rows of a micro-batch.
         drop_last: leave out the rows of an epoch that do not fill a micro-batch.
-        accumulation: micro-batches of a step; an epoch's last step takes what is left.
-        schedule: from steps taken to the factor on the rate.
-        clip: largest total norm of the gradients.
+        accumulation: micro-batches of a step, or a function from the step; an epoch's last step takes what is left.
+        schedule: from steps taken to the factor on the rate, or a list of such, one a group.
+        clip: from the model to nothing; limits its gradients.
         autocast: a dtype for forward and loss.
         stream: the name under which a batch's generator is seeded, with the epoch and the position of its first row.
         count: from a batch to the number of its target items; rows, if None.
@@ -61,15 +67,25 @@ def train(
         summed: from (model, batch) to the sum of item losses, instead of `loss`.
         order: from an epoch to the numbers of its rows; a permutation from ("order", epoch), if None.
         bounds: from an epoch to the places in its order where micro-batches begin and end, instead of `batch_size`.
+        groups: from the model to the groups that `optimizer` takes, instead of weights, and biases and norms undecayed.
+        prepares: each is called with the fresh model, before the optimizer is made.
+        gradients: from (model, a function that adds the gradients of the step) to nothing, instead of calling it.
+        edits: each is called with (model, step) when the gradients are there, before they are limited; True skips the step.
+        update: from (optimizer, a function that makes the gradients anew and returns the loss) to nothing.
+        afters: each is called with (model, step, optimizer) after an update.
     """
     count = count or (lambda batch: None)
     loss = loss or (lambda model, batch: model(**batch)["loss"])
     torch.manual_seed(derive_seed(seed, "model"))
     model = build_model()
     model.train()
+    for prepare in prepares:
+        prepare(model)
     spared = [p for n, p in model.named_parameters() if n.endswith("bias") or "norm" in n.lower()]
     decayed = [p for n, p in model.named_parameters() if not (n.endswith("bias") or "norm" in n.lower())]
-    updates = optimizer(decayed, spared)
+    split = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+    updates = optimizer(groups(model) if groups else [group for group in split if group["params"]])
+    taken = accumulation if callable(accumulation) else lambda step: accumulation
     rates = None if schedule is None else torch.optim.lr_scheduler.LambdaLR(updates, schedule)
     step, epoch = 0, 0
     while step < steps:
@@ -81,31 +97,53 @@ def train(
         cuts = list(itertools.pairwise(edges))
         if drop_last and bounds is None and cuts[-1][1] - cuts[-1][0] < batch_size:
             cuts.pop()
-        for first in range(0, len(cuts), accumulation):
-            if step == steps:
-                break
-            micro_batches = []
-            for start, end in cuts[first : first + accumulation]:
+        first = 0
+        while first < len(cuts) and step < steps:
+            window, micro_batches = cuts[first : first + taken(step)], []
+            for start, end in window:
                 draws = None if stream is None else keyed(seed, stream, epoch, start)
                 micro_batches.append(make_batch(numbers[start:end], draws, epoch))
             items = [count(batch) for batch in micro_batches]
-            items = [end - start if n is None else n for n, (start, end) in zip(items, cuts[first:], strict=False)]
-            torch.manual_seed(derive_seed(seed, "step", step, 0))
-            for batch, number in zip(micro_batches, items, strict=True):
-                if number == 0:
-                    continue
-                with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
-                    value = (summed or loss)(model, batch)
-                    share = number / sum(items)
-                    factor = share / number if summed else share
-                    value = value if factor == 1 else value * factor
-                value.backward()
-            if clip is not None:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-            updates.step()
+            items = [end - start if n is None else n for n, (start, end) in zip(items, window, strict=True)]
+            first += len(window)
+
+            def accumulate(micro_batches=micro_batches, items=items):
+                total = 0.0
+                for batch, number in zip(micro_batches, items, strict=True):
+                    if number == 0:
+                        continue
+                    with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
+                        value = (summed or loss)(model, batch)
+                        share = number / sum(items)
+                        factor = share / number if summed else share
+                        value = value if factor == 1 else value * factor
+                    value.backward()
+                    total = total + value.detach()
+                return total
+
+            skips = []
+
+            def anew(accumulate=accumulate, step=step, skips=skips):
+                torch.manual_seed(derive_seed(seed, "step", step, 0))
+                updates.zero_grad()
+                total = accumulate() if gradients is None else gradients(model, accumulate)
+                skips += [edit(model, step) for edit in edits]
+                if clip is not None:
+                    clip(model)
+                return total
+
+            if update is not None:
+                update(updates, anew)
+            else:
+                anew()
+                if not any(skips):
+                    updates.step()
+            if not any(skips):
+                for after in afters:
+                    after(model, step, updates)
+                if rates is not None:
+                    rates.step()
             updates.zero_grad()
-            if rates is not None:
-                rates.step()
             step += 1
         epoch += 1
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from importlib import import_module
+from pathlib import Path
 
 import torch
 
@@ -33,23 +35,23 @@ def tokenizer(folder):
 
 
 def adamw(plugin, folder):
-    def optimizer(decayed, spared):
-        groups = [{"params": decayed, "weight_decay": plugin.weight_decay}, {"params": spared, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=plugin.lr, betas=plugin.betas, eps=plugin.eps, fused=True)
-
-    return {"optimizer": optimizer}
+    return {
+        "optimizer": lambda groups: torch.optim.AdamW(groups, **given(plugin, "lr betas eps weight_decay"), fused=True)
+    }
 
 
 def sgd(plugin, folder):
-    def optimizer(decayed, spared):
-        groups = [{"params": decayed, "weight_decay": plugin.weight_decay}, {"params": spared, "weight_decay": 0.0}]
-        return torch.optim.SGD(groups, lr=plugin.lr, momentum=plugin.momentum, nesterov=plugin.nesterov, fused=True)
-
-    return {"optimizer": optimizer}
+    options = given(plugin, "lr momentum nesterov weight_decay")
+    return {"optimizer": lambda groups: torch.optim.SGD(groups, **options, fused=True)}
 
 
-def base_optimizer(decayed, spared):
-    return torch.optim.SGD([*decayed, *spared], lr=0.1, momentum=0.9)
+def base_optimizer(groups):
+    return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+
+
+def given(plugin, names):
+    """Return these options of a plugin."""
+    return {name: getattr(plugin, name) for name in names.split()}
 
 
 def linear(plugin, folder):
@@ -260,7 +262,9 @@ TABLE = {
     "accumulate": lambda plugin, folder: {"accumulation": plugin.batches},
     "adamw": adamw,
     "bf16": lambda plugin, folder: {"autocast": torch.bfloat16},
-    "clip": lambda plugin, folder: {"clip": plugin.norm},
+    "clip": lambda plugin, folder: {
+        "clip": lambda model: torch.nn.utils.clip_grad_norm_(model.parameters(), plugin.norm)
+    },
     "constant": constant,
     "hf-dataset": lambda plugin, folder: {},
     "hf-model": hf_model,
@@ -276,6 +280,17 @@ TABLE = {
 }
 
 
+# Groups of plugins have files of their own: `entries_NAME.py` with a dictionary ENTRIES.
+for _file in sorted(Path(__file__).parent.glob("entries_*.py")):
+    TABLE.update(import_module(_file.stem).ENTRIES)
+
+LISTS = (
+    "prepares",
+    "edits",
+    "afters",
+)  # of which each plugin may bring one or more, called in the order of the run's list
+
+
 def arguments(composition, folder, run=None):
     """Return the arguments of `reference.train` that stand for a composition.
 
@@ -287,7 +302,10 @@ def arguments(composition, folder, run=None):
     # What a loss counts is the last word, wherever it stands in the list.
     for name, plugin in sorted(composition.plugins.items(), key=lambda item: item[1].role == "loss"):
         if name in TABLE:
-            found.update(TABLE[name](plugin, folder))
+            entry = TABLE[name](plugin, folder)
+            for key in LISTS:
+                found.setdefault(key, []).extend(entry.pop(key, ()))
+            found.update(entry)
     fetch = run.batches["train"].fetch if run is not None else None
     collate = found.pop("collate", None) or (lambda rows, draws: torch.utils.data.default_collate(rows))
     if found.pop("own_collator", False):
