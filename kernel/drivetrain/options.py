@@ -86,7 +86,8 @@ def plugin(
         conflicts: words (or plugin names) that must not be in the same run.
         example: small settings with which the kit can run it; "{kit}" stands for the kit's folder of fixtures.
         companions: first-party plugins that the kit's runs of it need, by name, with their settings, for instance
-            `{"hf-model": {"path": "{kit}/model", "task": "masked-lm"}}`.
+            `{"hf-model": {"path": "{kit}/model", "task": "masked-lm"}}`; "NAME?" are settings of one that it does not
+            need, added to that plugin's example where it is there.
         rows: the kind of the kit's rows that it takes (see `drivetrain.testing.files.KINDS`); whatever fits if None.
     """
     if role not in ROLES:

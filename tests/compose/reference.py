@@ -33,6 +33,7 @@ def train(  # noqa: PLR0912 - one rule after the other, as a hand-written loop h
     schedule=None,
     clip=None,
     autocast=None,
+    scale=None,
     stream=None,
     count=None,
     loss=None,
@@ -61,6 +62,7 @@ def train(  # noqa: PLR0912 - one rule after the other, as a hand-written loop h
         schedule: from steps taken to the factor on the rate, or a list of such, one a group.
         clip: from the model to nothing; limits its gradients.
         autocast: a dtype for forward and loss.
+        scale: arguments of `torch.amp.GradScaler`, which scales losses; a step whose gradients overflow is skipped.
         stream: the name under which a batch's generator is seeded, with the epoch and the position of its first row.
         count: from a batch to the number of its target items; rows, if None.
         loss: from (model, batch) to the mean loss; the model's own, if None.
@@ -81,11 +83,13 @@ def train(  # noqa: PLR0912 - one rule after the other, as a hand-written loop h
     model.train()
     for prepare in prepares:
         prepare(model)
-    spared = [p for n, p in model.named_parameters() if n.endswith("bias") or "norm" in n.lower()]
-    decayed = [p for n, p in model.named_parameters() if not (n.endswith("bias") or "norm" in n.lower())]
+    biases = {n for n, _ in model.named_parameters() if n.rpartition(".")[2] == "bias" or "norm" in n.lower()}
+    spared = [p for n, p in model.named_parameters() if n in biases]
+    decayed = [p for n, p in model.named_parameters() if n not in biases]
     split = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
     updates = optimizer(groups(model) if groups else [group for group in split if group["params"]])
     taken = accumulation if callable(accumulation) else lambda step: accumulation
+    scaler = None if scale is None else torch.amp.GradScaler("cpu", **scale)
     rates = None if schedule is None else torch.optim.lr_scheduler.LambdaLR(updates, schedule)
     step, epoch = 0, 0
     while step < steps:
@@ -99,7 +103,7 @@ def train(  # noqa: PLR0912 - one rule after the other, as a hand-written loop h
             cuts.pop()
         first = 0
         while first < len(cuts) and step < steps:
-            window, micro_batches = cuts[first : first + taken(step)], []
+            window, micro_batches, skips = cuts[first : first + taken(step)], [], []
             for start, end in window:
                 draws = None if stream is None else keyed(seed, stream, epoch, start)
                 micro_batches.append(make_batch(numbers[start:end], draws, epoch))
@@ -107,7 +111,7 @@ def train(  # noqa: PLR0912 - one rule after the other, as a hand-written loop h
             items = [end - start if n is None else n for n, (start, end) in zip(items, window, strict=True)]
             first += len(window)
 
-            def accumulate(micro_batches=micro_batches, items=items):
+            def accumulate(micro_batches=micro_batches, items=items, skips=skips):
                 total = 0.0
                 for batch, number in zip(micro_batches, items, strict=True):
                     if number == 0:
@@ -117,11 +121,14 @@ def train(  # noqa: PLR0912 - one rule after the other, as a hand-written loop h
                         share = number / sum(items)
                         factor = share / number if summed else share
                         value = value if factor == 1 else value * factor
-                    value.backward()
+                    (value if scaler is None else scaler.scale(value)).backward()
                     total = total + value.detach()
+                if scaler is not None:
+                    scaler.unscale_(updates)
+                    grads = [p.grad for p in model.parameters() if p.grad is not None]
+                    skips.append(not all(bool(grad.isfinite().all()) for grad in grads))
+                    scaler.update()
                 return total
-
-            skips = []
 
             def anew(accumulate=accumulate, step=step, skips=skips):
                 torch.manual_seed(derive_seed(seed, "step", step, 0))

@@ -22,11 +22,8 @@ from drivetrain_plugins.schedule._warmup import Warmup
 
 NAMES = first_party()
 PAIRS = list(itertools.combinations(NAMES, 2))
-# Pairs in which the kit's rows do not fit, or which the hand-written loop does not speak for yet: shrink this list.
-OPEN = set((Path(__file__).parent / "open_pairs.txt").read_text(encoding="utf-8").split())
-MARKED = [
-    pytest.param(*pair, marks=[pytest.mark.xfail(strict=True)] if "+".join(pair) in OPEN else []) for pair in PAIRS
-]
+# Refusals that can name no plugin.
+REASONS = {("pad", "text"): "the model returned no scalar loss"}
 _results: dict[str, dict[str, torch.Tensor]] = {}
 
 
@@ -44,11 +41,14 @@ def expected(composition, folder, run):
 
 
 def compare(run, composition, folder):
-    wanted = expected(composition, folder, run)
+    wanted, limit = (
+        expected(composition, folder, run),
+        max(map(table.LIMITS.get, composition.plugins, itertools.repeat(0.0))),
+    )
     got = dict(run.model.named_parameters())
     assert got.keys() == wanted.keys()
     for name, parameter in got.items():
-        assert torch.equal(parameter, wanted[name]), (
+        assert torch.allclose(parameter, wanted[name], rtol=0.0, atol=limit), (
             f"{name} differs from the hand-written loop by {(parameter - wanted[name]).abs().max():.3g} in a run of "
             f"{', '.join(composition.plugins)}. If a plugin's meaning has changed, change its entry in tests/compose/table.py"
         )
@@ -76,7 +76,16 @@ def test_the_oracle_can_tell():
 
     class Options:
         role = "control"
-        batches, lr, weight_decay, betas, eps, momentum, nesterov = 2, 0.01, 0.1, (0.9, 0.999), 1e-8, 0.9, False
+        factory, batches, lr, weight_decay, betas, eps, momentum, nesterov = (
+            "kit_module:build",
+            2,
+            0.01,
+            0.1,
+            (0.9, 0.999),
+            1e-8,
+            0.9,
+            False,
+        )
         norm, warmup, batch_size, drop_last = 0.1, 2, 16, False
 
     for name in ("accumulate", "adamw", "bf16", "clip", "constant", "linear", "loader", "module", "sgd"):
@@ -88,14 +97,17 @@ def test_the_oracle_can_tell():
         assert any(not torch.equal(base[key], changed[key]) for key in base), name
 
 
-@pytest.mark.parametrize(("first", "second"), MARKED, ids=["+".join(pair) for pair in PAIRS])
+@pytest.mark.parametrize(("first", "second"), PAIRS, ids=["+".join(pair) for pair in PAIRS])
 def test_pair(first, second, kit_folder, tmp_path):
     """The pair is refused with a problem that says why, or its weights equal the hand-written loop's, in either order."""
     for order in ((first, second), (second, first)):
         plugins = examples({name: Catalogue().entry(name).load() for name in order}, kit_folder)
         outcome = compose_pair(*order, plugins, kit_folder, tmp_path / order[0])
+        if reason := REASONS.get((first, second)):
+            assert reason in str(outcome.refused)
+            continue
         if outcome.refused is not None:
-            assert (complaint := refusal(outcome.refused, first, second)) is None, complaint
+            assert (complaint := refusal(outcome.refused, plugins, first, second)) is None, complaint
             continue
         compare(outcome.run, outcome.composition, kit_folder)
         wrapped = [set(a.wrappers) for a in outcome.run.plan.hooks.values()]

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from drivetrain.state import Run
 
 STEPS, SEED, WORDS = 6, 7, 6
+FIRST = {"collate": 0, "order": 2}  # whose companions are taken first: any padding serves an order
 PREFERRED = {"padding": "pad", "data": "jsonl"}  # of the plugins that provide a word
-RAGGED = ("tokens", "targets", "flags")  # kinds that any padding collator takes
+RAGGED = ("tokens", "targets", "flags", "copies", "text-targets", "text-flags")  # kinds that any padding collator takes
 
 
 def first_party(catalogue: Catalogue | None = None) -> list[str]:
@@ -47,9 +48,8 @@ def example(plugin: type | str, folder: Path, settings: Mapping[str, Any] | None
 
 def examples(classes: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return instances of plugins that are to act together, by name: each as the others' `companions` want it."""
-    wanted = companions(classes.values())
     kind = written_kind(classes.values(), tokenized="tokenize" in classes) or "text"
-    return {name: example(cls, folder, wanted.get(name), kind) for name, cls in classes.items()}
+    return {name: example(cls, folder, settings(name, cls, classes.values()), kind) for name, cls in classes.items()}
 
 
 def kinds(plugins: Iterable[Any]) -> list[str]:
@@ -64,9 +64,19 @@ def written_kind(plugins: Iterable[Any], *, tokenized: bool) -> str | None:
     return None if not found else WRITTEN.get(found[0], found[0]) if tokenized else found[0]
 
 
+def settings(name: str, plugin: Any, beside: Iterable[Any]) -> dict[str, Any]:
+    """Return the settings with which `plugin` acts beside others: its example, or what their `companions` say."""
+    wanted = companions(beside)
+    given = wanted.get(name, getattr(plugin, "example", {}))
+    return {**given, **wanted.get(f"{name}?", {})}
+
+
 def companions(plugins: Iterable[Any]) -> dict[str, dict[str, Any]]:
-    """Return which plugins these need beside them, with their settings; the collator's word goes first."""
-    ordered = sorted(plugins, key=lambda plugin: getattr(plugin, "role", "") != "collate")
+    """Return which plugins these need beside them, with their settings; the collator's word goes first.
+
+    "NAME?" stands for settings of a plugin that is not needed, but is to have them where it is there.
+    """
+    ordered = sorted(plugins, key=lambda plugin: FIRST.get(getattr(plugin, "role", ""), 1))
     found: dict[str, dict[str, Any]] = {}
     for plugin in ordered:
         for name, settings in getattr(plugin, "companions", {}).items():
@@ -148,11 +158,13 @@ def complete(  # noqa: C901 - one rule after the other
     catalogue, named = catalogue or Catalogue(), dict(plugins)
     offered = {name: catalogue.entry(name).load() for name in first_party(catalogue)}
     wanted, tokenized = companions(plugins.values()), "tokenize" in plugins
+    needed = [word for word in wanted if not word.endswith("?")]
     kind = written_kind(plugins.values(), tokenized=tokenized)
 
     def add(name: str | None) -> None:
         if name is not None and name not in named:
-            made = example(offered[name], folder, wanted.get(name), kind or "text")
+            given = settings(name, offered[name], plugins.values())
+            made = example(offered[name], folder, given, kind or "text")
             if not owned([made]) & owned(named.values()):
                 named[name] = made
 
@@ -160,7 +172,7 @@ def complete(  # noqa: C901 - one rule after the other
         found = [n for n, cls in offered.items() if word in (n, *_declared(cls, "provides"))]
         return next((name for name in (PREFERRED.get(word), word, *found) if name in found), None)
 
-    for name in wanted:
+    for name in needed:
         add(name)
     padded = "build_collator" not in owned(named.values()) or "padding" in _words(named, "provides")
     sentences = kind in (None, "text") and "data" in _words(named, "provides") and padded
@@ -168,13 +180,13 @@ def complete(  # noqa: C901 - one rule after the other
         add(provider("processor"))
     if sentences and "processor" in _words(named, "provides"):
         add("tokenize")
+    if kind in RAGGED and "data" in _words(named, "provides"):
+        add("pad")
     tried: set[str] = set()
     while missing := _words(named, "requires") - _words(named, "provides") - tried:
         for word in sorted(missing):
             add(provider(word))
         tried |= missing
-        if kind in RAGGED and "data" in _words(named, "provides"):
-            add("pad")
     if "build_optimizer" not in owned(named.values()):
         named["base-optimizer"] = BaseOptimizer()
     provided = _words(named, "provides")
@@ -212,7 +224,8 @@ def compose_pair(first: str, second: str, plugins: Mapping[str, Any], folder: Pa
     pair = {first: plugins[first], second: plugins[second]}
     refused: DrivetrainError | None = None
     # Plugins that take different kinds of rows meet in rows that are bad for one of them, and it says so.
-    refusals: Any = DrivetrainError if len(kinds(pair.values())) > 1 else ConfigError
+    collates = any(getattr(plugin, "role", "") == "collate" for plugin in pair.values())
+    refusals: Any = DrivetrainError if len(kinds(pair.values())) > 1 or collates else ConfigError
     for pretrained in (False, True):  # some plugins take only a model of the kind that "processor" stands for
         composition = complete(pair, folder, pretrained=pretrained)
         try:
@@ -224,14 +237,15 @@ def compose_pair(first: str, second: str, plugins: Mapping[str, Any], folder: Pa
     return Outcome(composition, refused=refused)
 
 
-def refusal(error: DrivetrainError, first: str, second: str) -> str | None:
-    """Return what is wrong with the refusal of two plugins, or None if it says why.
+def refusal(error: DrivetrainError, plugins: Mapping[str, Any], first: str, second: str) -> str | None:
+    """Return what is wrong with the refusal of two of `plugins`, or None if it says why.
 
-    It does where one problem names both, or names one of them and what it lacks.
+    It does where one problem names both, or names one of them and what it lacks, or what a companion of one lacks.
     """
+    names = [first, second, *companions([plugins[first], plugins[second]])]
     for problem in getattr(error, "problems", [Problem(str(error), kind="rows")]):
         text = str(problem)
-        named = [name for name in (first, second) if re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text)]
-        if len(named) == 2 or (named and (problem.kind == "missing" or problem.received or "Received" in text)):  # noqa: PLR2004
+        named = [name for name in names if re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text)]
+        if len(named) >= 2 or (named and (problem.kind == "missing" or problem.received or "Received" in text)):  # noqa: PLR2004
             return None
     return f"the refusal names neither both of {first!r} and {second!r} nor what one of them lacks:\n{error}"

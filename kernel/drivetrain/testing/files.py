@@ -24,7 +24,7 @@ MODULE = '''"""Rows, a loss and a model, for plugins that take importable functi
 
 import torch
 
-from drivetrain.testing.files import DEV_ROWS, TRAIN_ROWS, TinyModule
+from drivetrain.testing.files import DEV_ROWS, TRAIN_ROWS, TinyLanguageModel, TinyModule
 from drivetrain.testing.kinds import kit_rows
 
 
@@ -36,12 +36,18 @@ def rows(split, kind="text"):
 
 def loss(outputs, batch):
     """Return the mean cross-entropy."""
-    return torch.nn.functional.cross_entropy(outputs["logits"], batch["labels"])
+    logits, labels = outputs["logits"], batch["labels"]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
 
 def build(dropout=0.1):
     """Return a small module."""
     return TinyModule(dropout)
+
+
+def language(dropout=0.1):
+    """Return a small language model."""
+    return TinyLanguageModel(dropout)
 '''
 
 
@@ -101,6 +107,22 @@ class TinyModule(torch.nn.Module):
             return {"logits": logits}
         loss = torch.nn.functional.cross_entropy(logits, target)
         return {"loss": loss, "logits": logits}
+
+
+class TinyLanguageModel(torch.nn.Module):
+    """Scores of the next token for each token by itself: with any mask, packed or flattened, they are the same."""
+
+    def __init__(self, dropout: float = 0.1) -> None:
+        """Draw the weights from the global generator."""
+        super().__init__()
+        self.embed = torch.nn.Embedding(len(vocabulary_ids()), 16)
+        self.norm = torch.nn.LayerNorm(16)
+        self.drop = torch.nn.Dropout(dropout)
+        self.head = torch.nn.Linear(16, len(vocabulary_ids()))
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> dict[str, torch.Tensor]:
+        """Return the logits (B, L, V)."""
+        return {"logits": self.head(self.drop(self.norm(self.embed(input_ids))))}
 
 
 # --- files -------------------------------------------------------------------------------------------------------
@@ -216,8 +238,22 @@ _write_xlnet = _writer(
     dropout=0.1,
     initializer_range=0.2,
 )
+
+
+def _write_vit(folder: Path) -> None:
+    """Save a random small model for 8x8 pictures, and how they are prepared."""
+    library = require("transformers", extra="hf", plugin="the kit's model")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    made = library.ViTConfig(image_size=8, patch_size=4, num_labels=CLASSES, initializer_range=0.2, **sizes)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(3)
+        library.ViTForImageClassification(made).save_pretrained(folder)
+    prepared = {"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(prepared), encoding="utf-8")
+
+
 WRITERS: dict[str, Callable[[Path], None]] = {
-    "model": _write_bert, "causal": _write_llama, "seq2seq": _write_t5, "xlnet": _write_xlnet,
+    "model": _write_bert, "causal": _write_llama, "seq2seq": _write_t5, "xlnet": _write_xlnet, "vit": _write_vit,
 }  # fmt: skip
 ENDINGS = {"-dataset": _write_dataset, ".jsonl": _write_jsonl, ".parquet": _write_parquet, ".txt": _write_text}
 

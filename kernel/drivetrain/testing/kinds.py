@@ -59,9 +59,19 @@ def tensor_rows(count: int, start: int = 0) -> dict[str, torch.Tensor]:
     return {"x": centres[labels] + 0.5 * torch.randn(count, 8, generator=draws), "labels": labels}
 
 
+def lines(number: int, words: int | None) -> dict[str, Any]:
+    """Return {"text"}: a sentence without a label."""
+    return {"text": " ".join(_sentence(number, words))}
+
+
 def sequences(number: int, words: int | None) -> dict[str, Any]:
     """Return {"input_ids"}: a sentence without a label."""
     return {"input_ids": _ids(_sentence(number, words))}
+
+
+def copies(number: int, words: int | None) -> dict[str, Any]:
+    """Return {"input_ids", "labels"}: a sentence, and the same as the labels of its tokens."""
+    return {**(row := sequences(number, words)), "labels": row["input_ids"]}
 
 
 def tagged(number: int, words: int | None) -> dict[str, Any]:
@@ -144,14 +154,23 @@ def flags(number: int, words: int | None) -> dict[str, Any]:
     return {"input_ids": _ids(sentence), "labels": held}
 
 
+def written(labelled: Callable[[int, int | None], dict[str, Any]]) -> Callable[[int, int | None], dict[str, Any]]:
+    """Return the rows of `labelled` as {"text", "labels"}."""
+    return lambda number, words: {**lines(number, words), "labels": labelled(number, words)["labels"]}
+
+
 ROWS: dict[str, Callable[[int, int | None], dict[str, Any]]] = {
-    "sequences": sequences, "tagged": tagged, "words": words_and_tags, "pairs": pairs, "text-pairs": text_pairs,
-    "choices": choices, "preferences": preferences, "completions": completions, "messages": messages,
-    "sentences": sentences, "images": images, "targets": targets, "flags": flags,
+    "lines": lines, "sequences": sequences, "copies": copies, "tagged": tagged, "words": words_and_tags, "pairs": pairs,
+    "text-pairs": text_pairs, "choices": choices, "preferences": preferences, "completions": completions,
+    "messages": messages, "sentences": sentences, "images": images, "targets": targets, "flags": flags,
+    "text-targets": written(targets), "text-flags": written(flags),
 }  # fmt: skip
 KINDS = ("tensors", "text", "tokens", *ROWS)
 # What a tokenizer makes the first kind of.
-WRITTEN = {"tokens": "text", "sequences": "text", "tagged": "words", "pairs": "text-pairs"}
+WRITTEN = {
+    "tokens": "text", "sequences": "lines", "copies": "lines", "tagged": "words", "pairs": "text-pairs",
+    "targets": "text-targets", "flags": "text-flags",
+}  # fmt: skip
 
 
 def kit_rows(kind: str, count: int, start: int = 0, words: int | None = None) -> Any:
@@ -168,6 +187,6 @@ def kit_rows(kind: str, count: int, start: int = 0, words: int | None = None) ->
     if kind in ("text", "tokens"):
         return (text_rows if kind == "text" else token_rows)(count, start, words)
     rows = [ROWS[kind](number, words) for number in range(start, start + count)]
-    if words is not None and kind in ("targets", "flags"):
+    if words is not None and kind in ("targets", "flags", "copies"):
         return [{name: torch.tensor(value) for name, value in row.items()} for row in rows]
     return rows

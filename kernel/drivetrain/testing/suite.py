@@ -265,7 +265,7 @@ class PluginSuite:
         pair = {**both, self.name: self.make(kit_folder)}
         outcome = compose_pair(self.name, other, pair, kit_folder, tmp_path)
         if outcome.refused is not None:
-            assert (complaint := refusal(outcome.refused, self.name, other)) is None, complaint
+            assert (complaint := refusal(outcome.refused, pair, self.name, other)) is None, complaint
             return
         run = outcome.run
         assert run is not None

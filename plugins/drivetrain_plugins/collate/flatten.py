@@ -61,7 +61,11 @@ class FlattenCollator:
     role="collate",
     provides=["padding"],
     rows="sequences",
-    companions={"hf-model": {"path": "{kit}/causal", "task": "causal-lm"}, "causal-lm-loss": {}},
+    companions={
+        "hf-model": {"path": "{kit}/causal", "task": "causal-lm"},
+        "causal-lm-loss": {},
+        "module?": {"factory": "kit_module:language"},
+    },
 )
 class Flatten:
     """Lay a batch's rows behind each other in one row; positions restart, and a label separates the rows.

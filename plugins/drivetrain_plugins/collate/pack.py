@@ -103,7 +103,11 @@ class PackCollator:
     provides=["padding"],
     rows="sequences",
     example={"tokens": 32},
-    companions={"hf-model": {"path": "{kit}/causal", "task": "causal-lm"}, "causal-lm-loss": {}},
+    companions={
+        "hf-model": {"path": "{kit}/causal", "task": "causal-lm"},
+        "causal-lm-loss": {},
+        "module?": {"factory": "kit_module:language"},
+    },
 )
 class Pack:
     """Put a batch's samples into as few rows of `tokens` tokens as first-fit finds; no token sees another sample.

@@ -125,7 +125,7 @@ class Seq2SeqCollator:
     role="collate",
     provides=["padding"],
     rows="pairs",
-    companions={"hf-model": {"path": "{kit}/seq2seq", "task": "seq2seq-lm"}},
+    companions={"hf-model": {"path": "{kit}/seq2seq", "task": "seq2seq-lm"}, "tokenize?": {"target": "target"}},
 )
 class Seq2Seq:
     """Pad sources with the tokenizer's padding id and targets with -100; make the decoder's inputs."""

@@ -68,7 +68,10 @@ def _checked(ids: Any, name: str, labels: Any) -> Ragged:
     role="collate",
     provides=["padding"],
     rows="tagged",
-    companions={"hf-model": {"path": "{kit}/model", "task": "token-classification"}},
+    companions={
+        "hf-model": {"path": "{kit}/model", "task": "token-classification"},
+        "tokenize?": {"words": "words", "label": "tags"},
+    },
 )
 class TokenClassification:
     """Pad each batch of token rows to its longest, and the labels of the tokens beside them."""

@@ -177,7 +177,12 @@ class VisionCollator:
             ) from error
 
 
-@plugin(role="collate", example={"flip": 0.5}, rows="images")
+@plugin(
+    role="collate",
+    example={"flip": 0.5},
+    rows="images",
+    companions={"hf-model?": {"path": "{kit}/vit", "task": "image-classification"}},
+)
 class Vision:
     """Turn images into pixel values with the model's image processor, or by size, mean, std and scale."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from drivetrain import Columns, ConfigError, DataError, hookimpl, option, plugin
+from drivetrain import Columns, ConfigError, DataError, Problem, hookimpl, option, plugin
 from drivetrain_plugins.shared.blocks import Mapped
 from drivetrain_plugins.shared.causal import unwrapped
 from drivetrain_plugins.shared.table import Table
@@ -44,11 +44,10 @@ class Picked:
         names = list(names)
         left = [name for name in names if name in self.names]
         if not left:
-            raise ConfigError(
-                f"columns: none of the {split} rows' fields {sorted(names)} is an argument of the model's forward, "
-                f"which takes {sorted(self.names)}. List `columns` before the plugins that make such fields (the "
-                "first in the list sees the rows last), or name fields in `keep`"
-            )
+            what = f"columns: none of the {split} rows' fields is an argument of the model's forward"
+            received = f"{sorted(names)}; forward takes {sorted(self.names)}"
+            do = "list `columns` before the plugins that make such fields (the first in the list sees the rows last), "
+            raise ConfigError([Problem(what, received, do + "or name fields in `keep`")])
         dropped = sorted(set(names) - set(left))
         if dropped and not self.told:
             log.info("columns: the model's forward takes no %s; left out of the %s rows", ", ".join(dropped), split)

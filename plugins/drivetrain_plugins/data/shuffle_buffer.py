@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
-from drivetrain import ConfigError, hookimpl, option, plugin
+from drivetrain import ConfigError, Problem, hookimpl, option, plugin
 from drivetrain.rng import generator
 from drivetrain_plugins.shared.blocks import Blocks
 
@@ -34,6 +34,9 @@ class Permuted:
     example={"size": 16},
     companions={
         "jsonl": {"train": "{kit}/{rows}-train.jsonl", "evaluate": "{kit}/{rows}-dev.jsonl", "stream": True},
+        "hf-dataset?": {"streaming": True},
+        "parquet?": {"stream": True},
+        "text?": {"stream": True},
     },
 )
 class ShuffleBuffer:
@@ -53,8 +56,11 @@ class ShuffleBuffer:
         if rows is None or split != "train":
             return rows
         if not hasattr(rows, "open"):
+            what, received = (
+                "shuffle-buffer: the training data is no stream",
+                f"{type(rows).__name__}, {len(rows)} rows",
+            )
             raise ConfigError(
-                f"shuffle-buffer: the training data is no stream ({type(rows).__name__}, {len(rows)} rows), and the "
-                "order `random` shuffles it as a whole. Take `shuffle-buffer` out"
+                [Problem(what, received, "take it out: the order `random` shuffles such data as a whole")]
             )
         return Blocks(rows, self.size, Permuted(run.settings.seed))

@@ -26,7 +26,7 @@ BLOCK = 256  # the same of a stream, whose first batch waits for them
 PATIENCE_S = 10  # between two lines about how far it is
 
 
-@plugin(role="data", requires=["processor", "padding"], example={"max_length": 16})
+@plugin(role="data", requires=["processor", "padding"], example={"max_length": 16}, rows="text")
 class Tokenize:
     """Turn each row's text into token ids with the model's tokenizer, and label names into ids.
 

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from drivetrain import Micro, Run
 
 
-@plugin(role="loss", rows="flags", conflicts=["accuracy"])
+@plugin(
+    role="loss", rows="flags", conflicts=["accuracy"], companions={"tokenize?": {"label": None, "keep": ["labels"]}}
+)
 class BCE:
     """Compute the binary cross-entropy of logits (..., C) and labels (..., C) between 0 and 1.
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @plugin(
     role="loss",
-    rows="sequences",
+    rows="copies",
     companions={"causal-lm": {}, "hf-model": {"path": "{kit}/causal", "task": "causal-lm"}},
 )
 class CausalLMLoss:

@@ -40,7 +40,7 @@ class Hidden(dict[str, Any]):
 @plugin(
     role="loss",
     conflicts=["accuracy"],
-    rows="sequences",
+    rows="copies",
     companions={"causal-lm": {}, "hf-model": {"path": "{kit}/causal", "task": "causal-lm"}},
 )
 class ChunkedCrossEntropy:

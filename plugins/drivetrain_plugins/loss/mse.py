@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from drivetrain import Micro
 
 
-@plugin(role="loss", rows="targets", conflicts=["accuracy"])
+@plugin(
+    role="loss", rows="targets", conflicts=["accuracy"], companions={"tokenize?": {"label": None, "keep": ["labels"]}}
+)
 class MSE:
     """Compute the mean squared error of predictions and labels of the same shape (..., K), K = 1 may be left out.
 
