@@ -138,7 +138,7 @@ def test_continuous_integration_runs_the_commands():
     """Every command in a `bash` block stands in `.ci/run` as it is."""
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     commands = [part.strip() for block in of("bash") for line in block.splitlines() for part in line.split("&&")]
-    assert len(commands) == 5
+    assert len(commands) == 9
     for command in commands:
         assert re.search(rf"^\s*{re.escape(command)}( .*)?$", script, flags=re.MULTILINE), command
     assert "pip install -c constraints.txt -e '.[examples]' && drivetrain run examples/topics/recipe.toml" in TEXT
