@@ -28,9 +28,10 @@ def plugin_list(run: Run) -> dict[str, Any]:
     return listed
 
 
-def settings(run: Run) -> dict[str, Any]:
-    """Return the settings and facts on which the course of the run depends."""
-    return {"seed": run.settings.seed, "rows_per_epoch": run.rows_per_epoch, "total_steps": run.total_steps}
+def settings(run: Run, sample: str | None) -> dict[str, Any]:
+    """Return the settings and facts on which the course of the run depends; `sample` is the digest of some rows."""
+    rows = {"rows_per_epoch": run.rows_per_epoch, "rows_sample": sample}
+    return {"seed": run.settings.seed, "total_steps": run.total_steps, **rows}
 
 
 def environment(run: Run) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def environment(run: Run) -> dict[str, Any]:
     }
 
 
-def differences(manifest: dict[str, Any], run: Run, ties: dict[str, str]) -> list[str]:
+def differences(manifest: dict[str, Any], run: Run, ties: dict[str, str], sample: str | None) -> list[str]:
     """Return a line for each difference after which the run would not be the one that was saved.
 
     Plugins that only observe may come, go and change, and so may the options that a plugin names in `free_options`,
@@ -63,9 +64,12 @@ def differences(manifest: dict[str, Any], run: Run, ties: dict[str, str]) -> lis
     order = [[n for n in names if n in then and n in now] for names in (then, now)]
     if order[0] != order[1]:
         lines.append(f"~ order: was {', '.join(order[0])}; is {', '.join(order[1])}")
-    for key in ("seed", "rows_per_epoch"):
-        if manifest["settings"].get(key) != settings(run)[key]:
-            lines.append(f"~ run: {key} was {manifest['settings'].get(key)!r}, is {settings(run)[key]!r}")
+    old, new = manifest["settings"], settings(run, sample)
+    lines += [
+        f"~ run: {k} was {old.get(k)!r}, is {new[k]!r}" for k in ("seed", "rows_per_epoch") if old.get(k) != new[k]
+    ]
+    if old.get("rows_sample") not in (None, new["rows_sample"]) and old.get("rows_per_epoch") == new["rows_per_epoch"]:
+        lines.append("~ data: the training rows are as many as before, but not the same")
     if manifest["world_size"] != run.world_size:
         lines.append(f"~ run: world size was {manifest['world_size']}, is {run.world_size}")
     for name in sorted(manifest["aliases"].keys() | ties.keys()):

@@ -16,6 +16,7 @@ from drivetrain.state import SAVE, STOP
 from drivetrain_plugins.checkpoint import _compare, _folder
 from drivetrain_plugins.checkpoint._format import encode, first_difference
 from drivetrain_plugins.checkpoint._ranks import share_text, together
+from drivetrain_plugins.checkpoint._sample import sample_of
 from drivetrain_plugins.checkpoint._store import LocalStore
 
 if TYPE_CHECKING:
@@ -50,11 +51,12 @@ class Checkpoint:
     )
     _store: LocalStore = attrs.field(init=False, factory=LocalStore)
     _source: Path | None = attrs.field(init=False, default=None)  # what this run went on from
+    _sample: tuple[str | None, ...] = attrs.field(init=False, default=())  # the digest of some rows, once it is made
 
     @hookimpl
     def assembled(self, run: Run) -> None:  # noqa: ARG002 - the hook's argument
         """Forget the run before."""
-        self._source = None
+        self._source, self._sample = None, ()
 
     @hookimpl(wrapper=True)
     def fit(self, run: Run) -> Generator[None, Any, Any]:
@@ -107,6 +109,11 @@ class Checkpoint:
         self._source = saved.path
         return saved.path
 
+    def _rows_sample(self, run: Run) -> str | None:
+        if not self._sample:
+            self._sample = (sample_of(run),)
+        return self._sample[0]
+
     # --- the parts -----------------------------------------------------------------------------------------------
 
     def _prepare(self, run: Run) -> None:
@@ -135,7 +142,7 @@ class Checkpoint:
             "position": state["progress"],
             "aliases": encoded.aliases,
             "plugins": _compare.plugin_list(run),
-            "settings": _compare.settings(run),
+            "settings": _compare.settings(run, self._rows_sample(run)),
             "world_size": run.world_size,
             "environment": _compare.environment(run),
         }
@@ -153,7 +160,7 @@ class Checkpoint:
 
     def _restore(self, run: Run, saved: _folder.Saved) -> None:
         ties = encode({"model": run.state_dict()["model"]}, MODEL_AT).aliases
-        changes = _compare.differences(saved.manifest, run, ties)
+        changes = _compare.differences(saved.manifest, run, ties, self._rows_sample(run))
         if changes and self.on_change != "accept":
             diff = f"{saved.path} belongs to a run that differs from this one:\n    " + "\n    ".join(changes)
             if self.on_change == "error":

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import random
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from checkpoint_runs import ROWS, Odd, named, steps, trainer
+from PIL import Image
 
-from drivetrain import CheckpointError, ConfigError, option, plugin
+from drivetrain import CheckpointError, ConfigError, Iterated, option, plugin
+from drivetrain.data import Fetch, count_labels, stack
 from drivetrain_plugins import Checkpoint, Clip
+from drivetrain_plugins.checkpoint._sample import sample_of
 
 
 @plugin(role="control")
@@ -126,3 +132,42 @@ def test_bad_options_are_refused(options):
     """An option out of range is refused when the plugin is made."""
     with pytest.raises(ValueError, match=r"keep|fortnights|on_change"):
         Checkpoint(**options)
+
+
+def test_other_rows_of_the_same_number_are_refused(tmp_path):
+    """Where the rows are others, or in another order, it is said, though they are as many."""
+    trainer(tmp_path, steps=2).fit(ROWS)
+    for rows in (ROWS["x"] + 1, ROWS["x"].flip(0), ROWS["x"].double().float().index_fill(0, torch.tensor([0]), 9)):
+        with pytest.raises(CheckpointError, match="the training rows are as many as before, but not the same"):
+            trainer(tmp_path, steps=4).fit({"x": rows}, resume=True)
+    assert trainer(tmp_path, steps=4).fit({"x": ROWS["x"].clone()}, resume=True).steps == 4
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Rows of every kind, drawn from the global generators as an augmentation draws; row `bad` cannot be read."""
+
+    def __init__(self, mean=0.0, bad=None):
+        self.mean, self.bad = mean, bad
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        if index == self.bad:
+            raise OSError("gone")
+        picture = Image.fromarray(np.full((2, 2), index, np.uint8))
+        drawn = torch.randn(3) + random.random() + np.random.rand() + self.mean  # noqa: NPY002 - as augmentations do
+        return {"x": drawn, "picture": picture, "more": [(1, "a"), None, {"y": np.arange(index)}]}
+
+
+def test_the_digest_tells_contents_and_nothing_else():
+    """Rows that are drawn are drawn alike each time; a value, a picture or a bad row makes another digest or none."""
+
+    def digest(data):
+        batches = SimpleNamespace(fetch=Fetch(data, stack, count_labels, 3, "train"))
+        return sample_of(SimpleNamespace(batches={"train": batches}))
+
+    assert digest(Pictures()) == digest(Pictures()) != digest(Pictures(mean=1.0))
+    assert digest(Pictures(bad=39)) is None
+    assert digest(Iterated([1, 2])) is None
+    assert digest([object()]) == digest([object()]), "what has no content to tell counts as its type"
