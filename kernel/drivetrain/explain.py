@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from drivetrain.errors import DataError
@@ -10,10 +11,13 @@ from drivetrain.streams import BadRow
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from types import TracebackType
 
     from drivetrain.data import Fetch
     from drivetrain.plan import Acting, Plan
     from drivetrain.state import Run
+
+CALLERS = ("dispatch.py", "_callers.py", "_execution.py")  # ours and those of pluggy releases: what makes a wrapper's inner call
 
 
 def draw(plan: Plan) -> str:
@@ -61,10 +65,17 @@ def plugin_frames(error: BaseException, run: Run) -> list[str]:
     while traceback is not None:
         frame = traceback.tb_frame
         owner = names.get(id(frame.f_locals.get("self")))
-        if owner is not None:
+        if owner is not None and not _passed_through(traceback):
             notes.append(f"in plugin {owner!r}, hook {frame.f_code.co_name!r}, step {run.progress.step}")
         traceback = traceback.tb_next
     return notes[-1:] or [f"in step {run.progress.step}"]
+
+
+def _passed_through(traceback: TracebackType) -> bool:
+    """Tell whether the error came to this frame, a wrapper's, from the hook inside."""
+    inner = traceback.tb_next
+    generator = traceback.tb_frame.f_code.co_flags & inspect.CO_GENERATOR
+    return bool(generator) and inner is not None and inner.tb_frame.f_code.co_filename.endswith(CALLERS)
 
 
 def sift(fetch: Fetch, rows: Sequence[Any], numbers: Sequence[int], error: Exception | None) -> tuple[Any, list[str]]:

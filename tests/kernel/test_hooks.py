@@ -171,6 +171,40 @@ def test_a_failure_of_assembly_names_plugin_and_hook():
     assert caught.value.__notes__ == ["in plugin 'saboteur', hook 'parameter_groups', step 0"]
 
 
+class Around:
+    """Wrap a hot and a cold hook, and raise behind the inner call where the test asks for it."""
+
+    def __init__(self, raises=False):
+        self.raises = raises
+
+    @hookimpl(wrapper=True)
+    def fit(self):
+        return (yield)
+
+    @hookimpl(wrapper=True)
+    def forward(self):
+        outputs = yield
+        if self.raises:
+            raise Sabotage
+        return outputs
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_wrapper_is_blamed_for_its_own_failures_only(frozen):
+    """An error that passes through a plugin's wrappers names nobody; one that a wrapper raises names it."""
+    broken = tiny_module()
+    broken.forward = lambda **batch: 1 / 0
+    for model, raises, note in (
+        (broken, False, "in step 0"),
+        (None, True, "in plugin 'around', hook 'forward', step 0"),
+    ):
+        trainer = Trainer(model or tiny_module(), [Around(raises), BaseOptimizer()], steps=1, device="cpu")
+        trainer.frozen = frozen
+        with pytest.raises((Sabotage, ZeroDivisionError)) as caught:
+            trainer.fit(tensor_rows(8))
+        assert caught.value.__notes__ == [note]
+
+
 def test_exporters_are_collected_by_format(tmp_path):
     """Each plugin adds its formats; asking for one that nobody has is told which there are."""
 
