@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from drivetrain.plan import Acting, Plan
     from drivetrain.state import Run
 
-CALLERS = ("dispatch.py", "_callers.py", "_execution.py")  # ours and those of pluggy releases: what makes a wrapper's inner call
+# Ours, and those of releases of pluggy: the files that make a wrapper's inner call.
+CALLERS = ("dispatch.py", "_callers.py", "_execution.py")
 
 
 def draw(plan: Plan) -> str:
