@@ -9,11 +9,10 @@ import torch
 from drivetrain import hookimpl, option, plugin
 from drivetrain_plugins.optim._fused_adamw import FusedAdamW
 from drivetrain_plugins.optim._groups import with_decay
+from drivetrain_plugins.optim._torch import FUSED_DEVICES, implementation, two
 
 if TYPE_CHECKING:
     from drivetrain import Run
-
-FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 @plugin(role="optim", example={"lr": 0.01, "weight_decay": 0.1})
@@ -24,17 +23,26 @@ class AdamW:
     betas: tuple[float, float] = option((0.9, 0.999), ge=0, lt=1, help="decay of the running mean and square")
     eps: float = option(1e-8, gt=0, lt=float("inf"), help="added to the root of the mean square")
     weight_decay: float = option(0.0, ge=0, lt=float("inf"), help="decoupled decay; biases and norms are spared")
+    amsgrad: bool = option(False, help="divide by the largest mean square so far (Reddi et al. 2018)")
     fused: bool | None = option(None, help="one kernel for all parameters; None takes it where the device has it")
+    foreach: bool | None = option(None, help="one call an operation for all parameters; None leaves it to the device")
+    capturable: bool = option(False, help="keep step counts on the GPU, so that a CUDA graph can hold the update")
 
     def __attrs_post_init__(self) -> None:
         """Refuse betas of another length."""
-        if len(self.betas) != 2:  # noqa: PLR2004
-            raise ValueError(f"betas must be two numbers. Received: {self.betas!r}")
+        two("betas", self.betas)
 
     @hookimpl
     def build_optimizer(self, run: Run, groups: Any) -> torch.optim.Optimizer:
         """Build it over the run's groups."""
-        fused = run.device.type in FUSED_DEVICES if self.fused is None else self.fused
         groups = with_decay(groups, self.weight_decay)
-        made = FusedAdamW if fused else torch.optim.AdamW
-        return made(groups, lr=self.lr, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=fused)
+        chosen = implementation(
+            "adamw", run, groups,
+            foreach=self.foreach, fused=self.fused, fused_on=FUSED_DEVICES, capturable=self.capturable,
+        )  # fmt: skip
+        betas, plain = two("betas", self.betas), not (self.amsgrad or self.capturable)
+        if chosen["fused"] and plain:
+            return FusedAdamW(groups, lr=self.lr, betas=betas, eps=self.eps, fused=True)
+        return torch.optim.AdamW(
+            groups, lr=self.lr, betas=betas, eps=self.eps, amsgrad=self.amsgrad, capturable=self.capturable, **chosen
+        )

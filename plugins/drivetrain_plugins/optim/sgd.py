@@ -8,6 +8,7 @@ import torch
 
 from drivetrain import hookimpl, option, plugin
 from drivetrain_plugins.optim._groups import with_decay
+from drivetrain_plugins.optim._torch import implementation
 
 if TYPE_CHECKING:
     from drivetrain import Run
@@ -21,15 +22,25 @@ class SGD:
     momentum: float = option(0.0, ge=0, lt=1, help="share of the last update that is kept")
     nesterov: bool = option(False, help="look ahead along the momentum (Sutskever et al. 2013)")
     weight_decay: float = option(0.0, ge=0, lt=float("inf"), help="L2 penalty; biases and norms are spared")
+    dampening: float = option(0.0, ge=0, le=1, help="share of the gradient that the momentum does not take in")
+    fused: bool | None = option(None, help="one kernel for all parameters; None takes it where the device has it")
+    foreach: bool | None = option(None, help="one call an operation for all parameters; None leaves it to the device")
 
     def __attrs_post_init__(self) -> None:
-        """Refuse Nesterov's variant of no momentum."""
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs a momentum above 0. Received: momentum=0.0")
+        """Refuse what means nothing without a momentum, and Nesterov's variant with dampening."""
+        for word in ("nesterov", "dampening"):
+            if getattr(self, word) and self.momentum == 0:
+                raise ValueError(f"{word} needs a momentum above 0. Received: momentum=0.0")
+        if self.nesterov and self.dampening:
+            raise ValueError(f"nesterov is defined without dampening. Received: dampening={self.dampening}")
 
     @hookimpl
     def build_optimizer(self, run: Run, groups: Any) -> torch.optim.Optimizer:
         """Build it over the run's groups."""
-        fused = run.device.type in ("cpu", "cuda", "mps")
         groups = with_decay(groups, self.weight_decay)
-        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, fused=fused)
+        chosen = implementation(
+            "sgd", run, groups, foreach=self.foreach, fused=self.fused, fused_on=("cpu", "cuda", "mps")
+        )
+        return torch.optim.SGD(
+            groups, lr=self.lr, momentum=self.momentum, dampening=self.dampening, nesterov=self.nesterov, **chosen
+        )

@@ -8,6 +8,7 @@ from plugin_helpers import assert_same_weights, columns, cpu_run, fit, groups_by
 
 from drivetrain.loop import Defaults
 from drivetrain_plugins import AdamW
+from drivetrain_plugins.optim._fused_adamw import FusedAdamW
 
 
 def build(plugin, model, device="cpu"):
@@ -44,16 +45,24 @@ def test_fused_follows_the_device_unless_it_is_set(asked, device, fused):
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("fused", [True, False])
-def test_run_equals_torch_by_hand(weight_decay, fused):
+@pytest.mark.parametrize("variant", [{"fused": True}, {"fused": False}, {"foreach": True}, {"amsgrad": True}])
+def test_run_equals_torch_by_hand(weight_decay, variant):
     """Twelve steps over three epochs leave the very bits that torch.optim.AdamW leaves in a hand-written loop."""
     data, ours, theirs = columns(30), net(), net()
-    options = {"lr": 0.03, "betas": (0.8, 0.99), "eps": 1e-7}
-    _, record = fit(ours, [AdamW(**options, weight_decay=weight_decay, fused=fused)], data, steps=12)
-    by_hand = torch.optim.AdamW(groups_by_hand(theirs, weight_decay), **options, fused=fused)
+    options = {"lr": 0.03, "betas": (0.8, 0.99), "eps": 1e-7, **variant}
+    _, record = fit(ours, [AdamW(**options, weight_decay=weight_decay)], data, steps=12)
+    fused = {"fused": options.pop("fused", "foreach" not in options)}
+    by_hand = torch.optim.AdamW(groups_by_hand(theirs, weight_decay), **options, **fused)
     history = train_by_hand(theirs, data, by_hand, steps=12)
     assert_same_weights(ours, theirs)
     assert record.of("loss") == [step["loss"] for step in history]
+
+
+def test_the_kept_lists_are_of_the_plain_kernel():
+    """What the fast path does not know goes through torch's own class."""
+    assert type(build(AdamW(), net())) is FusedAdamW
+    assert type(build(AdamW(amsgrad=True), net())) is torch.optim.AdamW
+    assert type(build(AdamW(foreach=True), net())) is torch.optim.AdamW
 
 
 def test_weight_decay_changes_the_run():

@@ -22,15 +22,23 @@ def test_groups_carry_the_decay():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, {"momentum": 0.5, "weight_decay": 0.05}],
+    [
+        {},
+        {"momentum": 0.9},
+        {"momentum": 0.9, "nesterov": True},
+        {"momentum": 0.5, "weight_decay": 0.05},
+        {"momentum": 0.9, "dampening": 0.5},
+        {"momentum": 0.9, "fused": False},
+        {"momentum": 0.9, "foreach": True},
+    ],
 )
 def test_run_equals_torch_by_hand(options):
     """Twelve steps over three epochs leave the very bits that torch.optim.SGD leaves in a hand-written loop."""
     data, ours, theirs = columns(30), net(), net()
     _, record = fit(ours, [SGD(lr=0.1, **options)], data, steps=12)
-    given = dict(options)
+    given = {"fused": not options.get("foreach", False), **options}
     groups = groups_by_hand(theirs, given.pop("weight_decay", 0.0))
-    history = train_by_hand(theirs, data, torch.optim.SGD(groups, lr=0.1, fused=True, **given), steps=12)
+    history = train_by_hand(theirs, data, torch.optim.SGD(groups, lr=0.1, **given), steps=12)
     assert_same_weights(ours, theirs)
     assert record.of("loss") == [step["loss"] for step in history]
 
@@ -48,7 +56,16 @@ def test_first_step_is_the_closed_form():
         torch.testing.assert_close(parameter.detach(), before[name] - 0.1 * (gradients[name] + decay))
 
 
-def test_nesterov_without_momentum_is_refused():
-    """Nesterov's variant of no momentum is nothing, and is refused with what to do."""
-    with pytest.raises(ValueError, match="nesterov needs a momentum above 0"):
-        SGD(nesterov=True)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nesterov": True}, "nesterov needs a momentum above 0"),
+        ({"dampening": 0.5}, "dampening needs a momentum above 0"),
+        ({"nesterov": True, "momentum": 0.9, "dampening": 0.5}, "nesterov is defined without dampening"),
+        ({"momentum": 0.9, "dampening": 1.5}, "dampening must be a number >= 0 and <= 1"),
+    ],
+)
+def test_what_means_nothing_is_refused(options, message):
+    """Variants of no momentum, and Nesterov's with dampening, are refused with what to do."""
+    with pytest.raises(ValueError, match=message):
+        SGD(**options)
