@@ -302,7 +302,7 @@ def test_one_plugin_is_described():
     out = call("plugins", "checkpoint").stdout
     assert "fit (wrapper)" in out
     assert "'accept'" in out
-    assert "'adamw'" in call("plugins", "adam", status=2).stderr
+    assert "'adamw'" in call("plugins", "adamww", status=2).stderr
 
 
 @click.command()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -191,3 +192,27 @@ def test_fetched_addresses_have_the_labels_of_the_recipe():
     assert sorted(tags) == labels
     texts = {name: {" ".join(row["words"]) for row in part} for name, part in rows.items()}
     assert not texts["train"] & texts["evaluate"]
+
+
+# --- examples/optimizers ---------------------------------------------------------------------------------------------
+
+
+def test_every_optimizer_is_compared(load: Callable[[str], Any]):
+    """Each plugin that builds an optimizer has a rate in the comparison, and nothing else has."""
+    compare = load("optimizers/compare.py")
+    assert sorted(compare.OPTIMIZERS) == sorted(compare.optimizers())
+
+
+def test_the_picture_has_a_panel_for_each(load: Callable[[str], Any]):
+    """Two optimizers and one that does not run make two panels, inside the picture, best first."""
+    compare = load("optimizers/compare.py")
+    results = [compare.train(name, 12) for name in ("sgd", "adamw")]
+    made = ET.fromstring(compare.draw([*results, {"name": "none", "reason": "not here"}]))
+    titles = [e.text for e in made.iter() if e.get("font-weight") == "bold"]
+    best = sorted(results, key=lambda r: r["held_out_loss"])
+    assert [title.split()[0] for title in titles] == [r["name"] for r in best]
+    lines = [e for e in made.iter() if e.tag.endswith("polyline")]
+    for line in lines:
+        points = [tuple(map(float, point.split(","))) for point in line.get("points").split()]
+        assert len(points) == 12
+        assert all(0 <= x <= compare.WIDTH and 0 <= y <= compare.HEIGHT for x, y in points)
