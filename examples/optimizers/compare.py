@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import html
+import itertools
 import json
 import math
 import os
@@ -28,37 +29,37 @@ from drivetrain_plugins import Accuracy, Evaluate, Loader
 
 HELD_OUT = 360
 OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "adafactor": {"lr": 1e-2},
-    "adagrad": {"lr": 2e-2},
-    "adam": {"lr": 2e-3},
-    "adamax": {"lr": 4e-3},
-    "adamw": {"lr": 2e-3},
-    "adamw-4bit": {"lr": 2e-3},
-    "adamw-8bit": {"lr": 2e-3},
-    "adamw-anyprecision": {"lr": 2e-3},
-    "adalomo": {"lr": 2e-2},
-    "ademamix": {"lr": 1e-3},
-    "apollo": {"lr": 5e-3, "rank": 16},
-    "bnb-adamw": {"lr": 2e-3},
-    "bnb-ademamix": {"lr": 1e-3},
-    "bnb-lion": {"lr": 3e-4},
-    "bnb-rmsprop": {"lr": 1e-3},
-    "galore": {"lr": 5e-3, "rank": 16},
-    "grokadamw": {"lr": 2e-3},
-    "lbfgs": {"lr": 0.1, "max_iter": 4},
-    "lion": {"lr": 3e-4},
-    "lomo": {"lr": 0.1},
-    "muon": {"lr": 1e-2, "adamw_lr": 2e-3},
-    "nadam": {"lr": 2e-3},
-    "radam": {"lr": 3e-3},
-    "rmsprop": {"lr": 1e-3},
-    "schedule-free-adamw": {"lr": 5e-3},
-    "schedule-free-radam": {"lr": 5e-3},
-    "schedule-free-sgd": {"lr": 1.0},
-    "sgd": {"lr": 0.1, "momentum": 0.9},
-    "shampoo": {"lr": 1e-2},
-    "soap": {"lr": 3e-3},
-    "stable-adamw": {"lr": 3e-3},
+    "adafactor": {"lr": 0.04},
+    "adagrad": {"lr": 0.04},
+    "adam": {"lr": 0.008},
+    "adamax": {"lr": 0.016},
+    "adamw": {"lr": 0.008},
+    "adamw-4bit": {"lr": 0.008},
+    "adamw-8bit": {"lr": 0.001},
+    "adamw-anyprecision": {"lr": 0.008},
+    "adalomo": {"lr": 0.04},
+    "ademamix": {"lr": 0.001},
+    "apollo": {"lr": 0.02, "rank": 16},
+    "bnb-adamw": {"lr": 0.001},
+    "bnb-ademamix": {"lr": 0.001},
+    "bnb-lion": {"lr": 0.0003},
+    "bnb-rmsprop": {"lr": 0.004},
+    "galore": {"lr": 0.01, "rank": 16},
+    "grokadamw": {"lr": 0.002},
+    "lbfgs": {"lr": 1, "max_iter": 4, "line_search": "strong-wolfe"},
+    "lion": {"lr": 0.0003},
+    "lomo": {"lr": 0.4},
+    "muon": {"lr": 0.01, "adamw_lr": 2e-3},
+    "nadam": {"lr": 0.008},
+    "radam": {"lr": 0.003},
+    "rmsprop": {"lr": 0.004},
+    "schedule-free-adamw": {"lr": 0.01},
+    "schedule-free-radam": {"lr": 0.02},
+    "schedule-free-sgd": {"lr": 2},
+    "sgd": {"lr": 0.2, "momentum": 0.9},
+    "shampoo": {"lr": 1},
+    "soap": {"lr": 0.012},
+    "stable-adamw": {"lr": 0.0015},
 }
 
 
@@ -143,25 +144,27 @@ LOW, HIGH = 1e-3, 4.0  # of the loss axis, logarithmic
 def smooth(losses: list[float]) -> list[float]:
     """Return a running mean over about a twentieth of the curve."""
     kept, mean = [], losses[0]
-    for loss in losses:
+    for loss in itertools.takewhile(math.isfinite, losses):  # a line ends where the loss does
         mean += (loss - mean) / max(1, len(losses) // 20)
         kept.append(mean)
     return kept
 
 
-def path(losses: list[float]) -> str:
-    """Return the points of a polyline inside a panel."""
-    wide, span = max(1, len(losses) - 1), math.log(HIGH / LOW)
+def path(losses: list[float], steps: int) -> str:
+    """Return the points of a polyline inside a panel as wide as `steps`."""
+    wide, span = max(1, steps - 1), math.log(HIGH / LOW)
     places = [(i / wide, math.log(HIGH / min(HIGH, max(LOW, loss))) / span) for i, loss in enumerate(losses)]
     return " ".join(f"{x * WIDTH:.1f},{y * HEIGHT:.1f}" for x, y in places)
 
 
 def draw(results: list[dict[str, Any]]) -> str:
     """Return an SVG: a panel an optimizer, the best first."""
-    shown = sorted((r for r in results if "losses" in r), key=lambda r: r["held_out_loss"])
-    curves = {r["name"]: path(smooth(r["losses"])) for r in shown}
+    shown = sorted(
+        (r for r in results if "losses" in r), key=lambda r: (math.isnan(r["held_out_loss"]), r["held_out_loss"])
+    )
+    curves = {r["name"]: path(smooth(r["losses"]), len(r["losses"])) for r in shown}
     behind = "".join(f'<polyline points="{curve}"/>' for curve in curves.values())
-    total_width = COLUMNS * (WIDTH + GAP) + 60
+    total_width = COLUMNS * (WIDTH + GAP) + 30
     total_height = -(-len(shown) // COLUMNS) * (HEIGHT + 2 * GAP) + 60
     parts = [
         (
