@@ -233,11 +233,14 @@ class Hooks:
 
     @operation(hot=True)
     def compute_gradients(self, step: Step) -> Any:
-        """Leave the step's gradients in `.grad` and set `step.loss`. Wrapped by what needs them twice (SAM)."""
+        """Leave the step's gradients in `.grad` and set `step.loss`; called again by what evaluates a step anew."""
 
     @operation(hot=True)
     def accumulate(self, step: Step) -> Any:
-        """Run every micro-batch forward and backward. A micro-batch without target items is passed over."""
+        """Run every micro-batch forward and backward. A micro-batch without target items is passed over.
+
+        Wrapped by what needs gradients twice before anyone hears of them (SAM).
+        """
 
     @operation(hot=True)
     def prepare(self, micro: Micro) -> Any:

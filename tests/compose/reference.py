@@ -123,17 +123,17 @@ def train(  # noqa: PLR0912 - one rule after the other, as a hand-written loop h
                         value = value if factor == 1 else value * factor
                     (value if scaler is None else scaler.scale(value)).backward()
                     total = total + value.detach()
-                if scaler is not None:
-                    scaler.unscale_(updates)
-                    grads = [p.grad for p in model.parameters() if p.grad is not None]
-                    skips.append(not all(bool(grad.isfinite().all()) for grad in grads))
-                    scaler.update()
                 return total
 
             def anew(accumulate=accumulate, step=step, skips=skips):
                 torch.manual_seed(derive_seed(seed, "step", step, 0))
                 updates.zero_grad()
                 total = accumulate() if gradients is None else gradients(model, accumulate)
+                if scaler is not None:
+                    scaler.unscale_(updates)
+                    grads = [p.grad for p in model.parameters() if p.grad is not None]
+                    skips.append(not all(bool(grad.isfinite().all()) for grad in grads))
+                    scaler.update()
                 skips += [edit(model, step) for edit in edits]
                 if clip is not None:
                     clip(model)
