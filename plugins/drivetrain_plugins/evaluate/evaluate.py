@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import random
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from drivetrain import ConfigError, Problem, Trigger, hookimpl, option, plugin
 from drivetrain.loop import evaluate as evaluate_split
+from drivetrain_plugins.shared.generators import kept_generators
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Generator
 
     from drivetrain import Metric, Run, Step
-
-
-@contextlib.contextmanager
-def _kept_streams(device: torch.device) -> Iterator[None]:
-    """Put every global generator back: rows are augmented, and a model may draw, in an evaluation too."""
-    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global one
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(legacy)  # noqa: NPY002
 
 
 @plugin(role="evaluate", effect="observes", provides=["evaluation"], example={"every": "3 steps"})
@@ -70,7 +56,7 @@ class Evaluate:
         training = [m for m in run.model.modules() if m.training]
         run.model.eval()
         try:
-            with _kept_streams(run.device), torch.no_grad():
+            with kept_generators(run.device), torch.no_grad():
                 totals = self._loop(run, split, metrics)
         finally:
             for module in training:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import random
 from typing import TYPE_CHECKING, Any
 
 import attrs
-import numpy as np
 import torch
 
 from drivetrain import Exporter, hookimpl
@@ -101,18 +99,6 @@ class Averages:
 
 def _kept(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
-
-
-@contextlib.contextmanager
-def kept_streams(device: torch.device) -> Iterator[None]:
-    """Put every global generator back: rows may be augmented when they are read."""
-    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global one
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(legacy)  # noqa: NPY002
 
 
 class AveragedWeights:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from drivetrain import ConfigError, Problem, Trigger, hookimpl, option, plugin
-from drivetrain_plugins.optim._averages import AveragedWeights, Averages, kept_streams
+from drivetrain_plugins.optim._averages import AveragedWeights, Averages
 from drivetrain_plugins.optim._moment import HELP, Moment, cadence
+from drivetrain_plugins.shared.generators import kept_generators
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -140,7 +141,7 @@ class SWA(AveragedWeights):
             for module in norms:
                 module.reset_running_stats()
                 module.training, module.momentum = True, None
-            with kept_streams(run.device):
+            with kept_generators(run.device):
                 for micro in itertools.islice(run.batches["train"].iterate(0, 0), self.batch_norm_batches):
                     if micro.batch is not None:
                         micro.run = run
