@@ -68,8 +68,9 @@ def warmed(run: Run, warmup: Warmup, plugin: str, after: Callable[[int, int, int
     """
     total = run.total_steps
     if warmup.unit == "tokens":
-        progress, items = run.progress, warmup.count
-        return lambda step: min(1.0, progress.items / items) * after(step, 0, total)
+        items = warmup.count
+        # Resuming makes another `progress`, so it is looked up in each step.
+        return lambda step: min(1.0, run.progress.items / items) * after(step, 0, total)
     warm = warmup.steps(run, plugin)
     return lambda step: step / warm if step < warm else after(step, warm, total)
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plugin_helpers import columns, cpu_run, fit, net
+from plugin_helpers import assert_same_weights, columns, cpu_run, fit, net
 
-from drivetrain import ConfigError
-from drivetrain_plugins import SGD
+from drivetrain import ConfigError, Trainer
+from drivetrain.testing import StopAt
+from drivetrain_plugins import SGD, Checkpoint
 from drivetrain_plugins.schedule.cosine import Cosine
 from drivetrain_plugins.schedule.cosine_min_lr import CosineMinLR
 from drivetrain_plugins.schedule.cosine_restarts import CosineRestarts
@@ -181,6 +182,25 @@ def test_a_warmup_in_tokens_follows_the_items():
     _, record = fit(net(), [SGD(lr=1.0), Linear(warmup="20 tokens")], columns(), steps=5)
     items = [0, 8, 16, 24, 32]  # before each step of eight rows
     assert record.of("learning_rate") == pytest.approx([min(1, n / 20) * (1 - s / 5) for s, n in enumerate(items)])
+
+
+def test_a_warmup_in_tokens_goes_on_after_a_stop(tmp_path):
+    """A resumed run counts the items that were trained on before it: the weights are those of a run left alone."""
+
+    def trainer(model, folder, steps):
+        plugins = [
+            SGD(lr=0.5),
+            Linear(warmup="30 tokens"),
+            Checkpoint(every="2 steps", on_change="accept"),
+            *([StopAt(steps)] if steps else []),
+        ]
+        return Trainer(model, plugins, steps=6, device="cpu", output=folder)
+
+    alone, first, second = net(), net(), net()
+    trainer(alone, tmp_path / "alone", None).fit(columns())
+    trainer(first, tmp_path / "stopped", 2).fit(columns())
+    trainer(second, tmp_path / "stopped", None).fit(columns(), resume=True)
+    assert_same_weights(alone, second)
 
 
 @pytest.mark.parametrize(
