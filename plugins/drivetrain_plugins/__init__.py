@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from drivetrain_plugins.collate.vision import Vision as Vision
     from drivetrain_plugins.collate.whole_word_mask import WholeWordMask as WholeWordMask
     from drivetrain_plugins.control.accumulate import Accumulate as Accumulate
+    from drivetrain_plugins.control.accumulate_schedule import AccumulateSchedule as AccumulateSchedule
+    from drivetrain_plugins.control.batch_size_schedule import BatchSizeSchedule as BatchSizeSchedule
     from drivetrain_plugins.data.bad_rows import BadRows as BadRows
     from drivetrain_plugins.data.chat_template import ChatTemplate as ChatTemplate
     from drivetrain_plugins.data.columns import UsedColumns as UsedColumns
@@ -51,9 +53,49 @@ if TYPE_CHECKING:
     from drivetrain_plugins.loss.mse import MSE as MSE
     from drivetrain_plugins.model.hf_model import HFModel as HFModel
     from drivetrain_plugins.model.module import Module as Module
+    from drivetrain_plugins.optim.adafactor import Adafactor as Adafactor
+    from drivetrain_plugins.optim.adagrad import Adagrad as Adagrad
+    from drivetrain_plugins.optim.adalomo import AdaLomo as AdaLomo
+    from drivetrain_plugins.optim.adam import Adam as Adam
+    from drivetrain_plugins.optim.adamax import Adamax as Adamax
     from drivetrain_plugins.optim.adamw import AdamW as AdamW
+    from drivetrain_plugins.optim.adamw_4bit import AdamW4bit as AdamW4bit
+    from drivetrain_plugins.optim.adamw_8bit import AdamW8bit as AdamW8bit
+    from drivetrain_plugins.optim.adamw_anyprecision import AnyPrecisionAdamW as AnyPrecisionAdamW
+    from drivetrain_plugins.optim.ademamix import AdEMAMix as AdEMAMix
+    from drivetrain_plugins.optim.apollo import Apollo as Apollo
+    from drivetrain_plugins.optim.bnb_adamw import BnbAdamW as BnbAdamW
+    from drivetrain_plugins.optim.bnb_ademamix import BnbAdEMAMix as BnbAdEMAMix
+    from drivetrain_plugins.optim.bnb_lion import BnbLion as BnbLion
+    from drivetrain_plugins.optim.bnb_rmsprop import BnbRMSprop as BnbRMSprop
     from drivetrain_plugins.optim.clip import Clip as Clip
+    from drivetrain_plugins.optim.ema import EMA as EMA
+    from drivetrain_plugins.optim.freeze import Freeze as Freeze
+    from drivetrain_plugins.optim.galore import GaLore as GaLore
+    from drivetrain_plugins.optim.gradient_noise import GradientNoise as GradientNoise
+    from drivetrain_plugins.optim.grokadamw import GrokAdamW as GrokAdamW
+    from drivetrain_plugins.optim.lbfgs import LBFGS as LBFGS
+    from drivetrain_plugins.optim.lion import Lion as Lion
+    from drivetrain_plugins.optim.lomo import Lomo as Lomo
+    from drivetrain_plugins.optim.lookahead import Lookahead as Lookahead
+    from drivetrain_plugins.optim.muon import Muon as Muon
+    from drivetrain_plugins.optim.nadam import NAdam as NAdam
+    from drivetrain_plugins.optim.nan_guard import NanGuard as NanGuard
+    from drivetrain_plugins.optim.neftune import Neftune as Neftune
+    from drivetrain_plugins.optim.optimizer_in_backward import OptimizerInBackward as OptimizerInBackward
+    from drivetrain_plugins.optim.parameter_groups import ParameterGroups as ParameterGroups
+    from drivetrain_plugins.optim.radam import RAdam as RAdam
+    from drivetrain_plugins.optim.rmsprop import RMSprop as RMSprop
+    from drivetrain_plugins.optim.sam import SAM as SAM
+    from drivetrain_plugins.optim.schedule_free_adamw import ScheduleFreeAdamW as ScheduleFreeAdamW
+    from drivetrain_plugins.optim.schedule_free_radam import ScheduleFreeRAdam as ScheduleFreeRAdam
+    from drivetrain_plugins.optim.schedule_free_sgd import ScheduleFreeSGD as ScheduleFreeSGD
     from drivetrain_plugins.optim.sgd import SGD as SGD
+    from drivetrain_plugins.optim.shampoo import Shampoo as Shampoo
+    from drivetrain_plugins.optim.soap import SOAP as SOAP
+    from drivetrain_plugins.optim.spike_skip import SpikeSkip as SpikeSkip
+    from drivetrain_plugins.optim.stable_adamw import StableAdamW as StableAdamW
+    from drivetrain_plugins.optim.swa import SWA as SWA
     from drivetrain_plugins.order.curriculum import Curriculum as Curriculum
     from drivetrain_plugins.order.group_by_length import GroupByLength as GroupByLength
     from drivetrain_plugins.order.random import Random as Random
@@ -61,32 +103,54 @@ if TYPE_CHECKING:
     from drivetrain_plugins.order.sequential import Sequential as Sequential
     from drivetrain_plugins.order.token_budget import TokenBudget as TokenBudget
     from drivetrain_plugins.precision.bf16 import BF16 as BF16
+    from drivetrain_plugins.precision.fp16 import FP16 as FP16
     from drivetrain_plugins.report.jsonl_log import JsonlLog as JsonlLog
     from drivetrain_plugins.report.progress import Progress as Progress
     from drivetrain_plugins.report.tensorboard import TensorBoard as TensorBoard
+    from drivetrain_plugins.schedule.chain import Chain as Chain
     from drivetrain_plugins.schedule.constant import Constant as Constant
     from drivetrain_plugins.schedule.cosine import Cosine as Cosine
     from drivetrain_plugins.schedule.cosine_min_lr import CosineMinLR as CosineMinLR
     from drivetrain_plugins.schedule.cosine_restarts import CosineRestarts as CosineRestarts
     from drivetrain_plugins.schedule.cosine_warmup_min_lr import CosineWarmupMinLR as CosineWarmupMinLR
     from drivetrain_plugins.schedule.exponential import Exponential as Exponential
+    from drivetrain_plugins.schedule.greedy import Greedy as Greedy
+    from drivetrain_plugins.schedule.group_schedules import GroupSchedules as GroupSchedules
     from drivetrain_plugins.schedule.inverse_sqrt import InverseSqrt as InverseSqrt
     from drivetrain_plugins.schedule.linear import Linear as Linear
     from drivetrain_plugins.schedule.multi_step import MultiStep as MultiStep
     from drivetrain_plugins.schedule.one_cycle import OneCycle as OneCycle
+    from drivetrain_plugins.schedule.plateau import Plateau as Plateau
     from drivetrain_plugins.schedule.polynomial import Polynomial as Polynomial
     from drivetrain_plugins.schedule.step import StepDecay as StepDecay
     from drivetrain_plugins.schedule.warmup_stable_decay import WarmupStableDecay as WarmupStableDecay
 
 _HOME = {
     "Accumulate": "control.accumulate",
+    "AccumulateSchedule": "control.accumulate_schedule",
     "Accuracy": "evaluate.accuracy",
+    "AdEMAMix": "optim.ademamix",
+    "AdaLomo": "optim.adalomo",
+    "Adafactor": "optim.adafactor",
+    "Adagrad": "optim.adagrad",
+    "Adam": "optim.adam",
     "AdamW": "optim.adamw",
+    "AdamW4bit": "optim.adamw_4bit",
+    "AdamW8bit": "optim.adamw_8bit",
+    "Adamax": "optim.adamax",
+    "AnyPrecisionAdamW": "optim.adamw_anyprecision",
+    "Apollo": "optim.apollo",
     "BCE": "loss.bce",
     "BF16": "precision.bf16",
     "BadRows": "data.bad_rows",
+    "BatchSizeSchedule": "control.batch_size_schedule",
+    "BnbAdEMAMix": "optim.bnb_ademamix",
+    "BnbAdamW": "optim.bnb_adamw",
+    "BnbLion": "optim.bnb_lion",
+    "BnbRMSprop": "optim.bnb_rmsprop",
     "CausalLM": "collate.causal_lm",
     "CausalLMLoss": "loss.causal_lm_loss",
+    "Chain": "schedule.chain",
     "ChatTemplate": "data.chat_template",
     "Checkpoint": "checkpoint.checkpoint",
     "ChunkedCrossEntropy": "loss.chunked_cross_entropy",
@@ -99,20 +163,32 @@ _HOME = {
     "CosineWarmupMinLR": "schedule.cosine_warmup_min_lr",
     "CrossEntropy": "loss.cross_entropy",
     "Curriculum": "order.curriculum",
+    "EMA": "optim.ema",
     "Evaluate": "evaluate.evaluate",
     "Exponential": "schedule.exponential",
     "ExportHF": "export.export_hf",
     "ExportSafetensors": "export.export_safetensors",
+    "FP16": "precision.fp16",
     "Flatten": "collate.flatten",
+    "Freeze": "optim.freeze",
+    "GaLore": "optim.galore",
+    "GradientNoise": "optim.gradient_noise",
+    "Greedy": "schedule.greedy",
+    "GrokAdamW": "optim.grokadamw",
     "GroupByLength": "order.group_by_length",
+    "GroupSchedules": "schedule.group_schedules",
     "HFDataset": "data.hf_dataset",
     "HFModel": "model.hf_model",
     "InverseSqrt": "schedule.inverse_sqrt",
     "Jsonl": "data.jsonl",
     "JsonlLog": "report.jsonl_log",
+    "LBFGS": "optim.lbfgs",
     "LabelSmoothing": "loss.label_smoothing",
     "Linear": "schedule.linear",
+    "Lion": "optim.lion",
     "Loader": "data.loader",
+    "Lomo": "optim.lomo",
+    "Lookahead": "optim.lookahead",
     "LossFunction": "loss.loss_function",
     "MSE": "loss.mse",
     "MaskedLM": "collate.masked_lm",
@@ -121,22 +197,40 @@ _HOME = {
     "Module": "model.module",
     "MultiStep": "schedule.multi_step",
     "MultipleChoice": "collate.multiple_choice",
+    "Muon": "optim.muon",
+    "NAdam": "optim.nadam",
+    "NanGuard": "optim.nan_guard",
+    "Neftune": "optim.neftune",
     "OneCycle": "schedule.one_cycle",
+    "OptimizerInBackward": "optim.optimizer_in_backward",
     "Pack": "collate.pack",
     "Pad": "collate.pad",
+    "ParameterGroups": "optim.parameter_groups",
     "Parquet": "data.parquet",
     "PermutationLM": "collate.permutation_lm",
+    "Plateau": "schedule.plateau",
     "Polynomial": "schedule.polynomial",
     "PreferencePairs": "collate.preference_pairs",
     "Progress": "report.progress",
+    "RAdam": "optim.radam",
+    "RMSprop": "optim.rmsprop",
     "Random": "order.random",
     "Rebalance": "order.rebalance",
     "Rows": "data.rows",
+    "SAM": "optim.sam",
     "SGD": "optim.sgd",
+    "SOAP": "optim.soap",
+    "SWA": "optim.swa",
+    "ScheduleFreeAdamW": "optim.schedule_free_adamw",
+    "ScheduleFreeRAdam": "optim.schedule_free_radam",
+    "ScheduleFreeSGD": "optim.schedule_free_sgd",
     "SentenceOrder": "collate.sentence_order",
     "Seq2Seq": "collate.seq2seq",
     "Sequential": "order.sequential",
+    "Shampoo": "optim.shampoo",
     "ShuffleBuffer": "data.shuffle_buffer",
+    "SpikeSkip": "optim.spike_skip",
+    "StableAdamW": "optim.stable_adamw",
     "Stack": "collate.stack",
     "StepDecay": "schedule.step",
     "TensorBoard": "report.tensorboard",

@@ -45,11 +45,28 @@ def source_of(entry: Entry) -> Path:
 
 
 def extras_of(entry: Entry) -> str:
-    """Return what to install: `require(..., extra="hf")` in the plugin's file names the extra."""
-    tree = ast.parse(source_of(entry).read_text(encoding="utf-8"))
-    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "require"]
-    found = {k.value.value for c in calls for k in c.keywords if k.arg == "extra" and isinstance(k.value, ast.Constant)}
-    return f"`drivetrain[{','.join(sorted(map(str, found)))}]`" if found else "`drivetrain`"
+    """Return what to install: `require(..., extra="hf")` and `library(...)` say it, in the plugin's file or a helper's."""
+    file = source_of(entry)
+    trees = [ast.parse(file.read_text(encoding="utf-8"))]
+    for node in ast.walk(trees[0]):
+        helper = (
+            file.with_name(f"{(node.module or '').rpartition('.')[2]}.py") if isinstance(node, ast.ImportFrom) else file
+        )
+        if helper.name.startswith("_") and helper.name != "_library.py" and helper.is_file():
+            trees.append(ast.parse(helper.read_text(encoding="utf-8")))
+    calls = [(n, tree is trees[0]) for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Call)]
+    extras, packages = set(), set()
+    for call, own in calls:
+        name = getattr(call.func, "id", "")
+        if name == "library":
+            apart = call.args[2:] or [k.value for k in call.keywords if k.arg == "install"]
+            packages |= {part.value for part in apart if isinstance(part, ast.Constant)}
+            extras |= set() if apart else {"optimizers"}
+        elif name == "require" and own:  # a helper's may be for rows of one kind
+            extras |= {k.value.value for k in call.keywords if k.arg == "extra" and isinstance(k.value, ast.Constant)}
+    if packages:
+        return " and ".join(f"`--no-deps {package}`" for package in sorted(map(str, packages)))
+    return f"`drivetrain[{','.join(sorted(map(str, extras)))}]`" if extras else "`drivetrain`"
 
 
 def plugins(_: str) -> str:

@@ -52,7 +52,7 @@ def forbidden(tree: ast.AST) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             made = [f"{node.module}.{alias.name}" for alias in node.names]
             names = made if (node.module or "").partition(".")[0] in MODULES else [m for m in made if m in CALLS]
-        elif isinstance(node, (ast.Name, ast.Attribute)):
+        elif isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Load):  # a field may be called so
             names = [dotted(node)] if dotted(node) in CALLS else []
         elif isinstance(node, ast.keyword) and node.arg in {"allow_pickle", "trust_remote_code", "shell"}:
             names = [node.arg]

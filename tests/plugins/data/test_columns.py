@@ -95,7 +95,9 @@ def test_wrapped_models_are_looked_into():
 @pytest.mark.parametrize("kind", [list, Table.of, datasets.Dataset.from_list])
 def test_no_field_left_is_an_error(kind):
     """Rows of which forward takes nothing are refused with both lists, before the run."""
-    with pytest.raises(ConfigError, match=r"none of the evaluate rows' (?s:.*)\['note', 'text'\]; forward takes \['features'"):
+    with pytest.raises(
+        ConfigError, match=r"none of the evaluate rows' (?s:.*)\['note', 'text'\]; forward takes \['features'"
+    ):
         picked(kind([{"text": "a", "note": "b"}]), split="evaluate")
 
 

@@ -39,7 +39,9 @@ def test_only_training_streams_are_shuffled():
     assert wrapped(ShuffleBuffer(), held, "evaluate") is held
     assert wrapped(ShuffleBuffer(), [1, 2], "evaluate/x") == [1, 2]
     assert wrapped(ShuffleBuffer(), None) is None
-    with pytest.raises(ConfigError, match=r"shuffle-buffer: the training data is no stream(?s:.*)list, 2 rows(?s:.*)`random`"):
+    with pytest.raises(
+        ConfigError, match=r"shuffle-buffer: the training data is no stream(?s:.*)list, 2 rows(?s:.*)`random`"
+    ):
         wrapped(ShuffleBuffer(), [1, 2])
 
 
