@@ -94,7 +94,7 @@ def test_same_run_in_python(folder: Path):
 
 def test_own_plugin(folder: Path):
     """The plugin of the README trains: the block that uses it prints its steps and a finite loss."""
-    block = next(path for path in folder.glob("block_*.py") if "GradientNoise" in path.read_text(encoding="utf-8"))
+    block = next(path for path in folder.glob("block_*.py") if "GradientJitter" in path.read_text(encoding="utf-8"))
     steps, loss = run(folder, block.name).split()
     assert int(steps) == 40
     assert 0 < float(loss) < 1
@@ -102,14 +102,14 @@ def test_own_plugin(folder: Path):
 
 def test_own_test(folder: Path):
     """The test file of the README passes for the plugin of the README."""
-    printed = run(folder, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "test_gradient_noise.py")
+    printed = run(folder, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "test_gradient_jitter.py")
     assert re.search(r"\d\d passed", printed)
     assert "failed" not in printed
 
 
 def test_own_plugin_is_twenty_lines():
     """The plugin is as short as the README says."""
-    plugin = next(block for block in of("python") if block.startswith("# gradient_noise.py"))
+    plugin = next(block for block in of("python") if block.startswith("# gradient_jitter.py"))
     assert len([line for line in plugin.splitlines()[1:] if line.strip()]) <= 20
 
 
@@ -130,7 +130,7 @@ def test_other_toml_is_an_entry_point():
     """The entry point of the README is in the catalogue's group and names the README's class."""
     others = [tomllib.loads(block) for block in of("toml") if block != recipe_of(TEXT)]
     assert others == [
-        {"project": {"entry-points": {"drivetrain.plugins.v1": {"gradient-noise": "gradient_noise:GradientNoise"}}}}
+        {"project": {"entry-points": {"drivetrain.plugins.v1": {"gradient-jitter": "gradient_jitter:GradientJitter"}}}}
     ]
 
 
@@ -138,7 +138,7 @@ def test_continuous_integration_runs_the_commands():
     """Every command in a `bash` block stands in `.ci/run` as it is."""
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     commands = [part.strip() for block in of("bash") for line in block.splitlines() for part in line.split("&&")]
-    assert len(commands) == 9
+    assert len(commands) == 10
     for command in commands:
         assert re.search(rf"^\s*{re.escape(command)}( .*)?$", script, flags=re.MULTILINE), command
     assert "pip install -c constraints.txt -e '.[examples]' && drivetrain run examples/topics/recipe.toml" in TEXT
