@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +12,7 @@ import attrs
 from drivetrain.errors import ConfigError, Problem, nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 GROUP = "drivetrain.plugins.v1"
 
@@ -48,18 +50,24 @@ class Entry:
         return loaded
 
 
+@functools.cache  # reading what every installed distribution says takes longer than assembling a small run
+def _installed(find: Callable[..., Any], path: tuple[str, ...]) -> Any:  # noqa: ARG001 - where `find` looks
+    return find(group=GROUP)
+
+
+@functools.cache
+def _origin(distribution: metadata.Distribution | None) -> tuple[str, str]:
+    return ("?", "?") if distribution is None else (distribution.name, distribution.version)
+
+
 class Catalogue:
     """Every plugin that installed distributions offer, by name."""
 
     def __init__(self, points: Iterable[metadata.EntryPoint] | None = None) -> None:
         """Read the installed entry points, or take `points` (for tests)."""
         self._entries: dict[str, list[Entry]] = {}
-        origins: dict[Any, tuple[str, str]] = {None: ("?", "?")}  # each look at its name parses all a distribution says
-        for point in metadata.entry_points(group=GROUP) if points is None else points:
-            dist = point.dist
-            if dist is not None and dist not in origins:
-                origins[dist] = dist.name, dist.version
-            entry = Entry(point.name, point.value, *origins[dist], point)
+        for point in _installed(metadata.entry_points, tuple(sys.path)) if points is None else points:
+            entry = Entry(point.name, point.value, *_origin(point.dist), point)
             if entry not in self._entries.setdefault(point.name, []):  # the same distribution may be found twice
                 self._entries[point.name].append(entry)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import TYPE_CHECKING, Any
 
@@ -129,9 +130,14 @@ def compose(
 
 
 def _implementations(plugin: object) -> list[tuple[str, dict[str, Any]]]:
+    return _implemented(type(plugin))  # type: ignore[arg-type]  # a class is hashable
+
+
+@functools.cache
+def _implemented(cls: type) -> list[tuple[str, dict[str, Any]]]:
     found = []
-    for name in dir(type(plugin)):
-        opts = getattr(inspect.getattr_static(type(plugin), name), "drivetrain_impl", None)
+    for name in dir(cls):
+        opts = getattr(inspect.getattr_static(cls, name), "drivetrain_impl", None)
         if opts is not None:
             found.append((opts["specname"] or name, opts))
     return found

@@ -78,7 +78,7 @@ def train(  # noqa: PLR0912 - one rule after the other, as a hand-written loop h
     """
     count = count or (lambda batch: None)
     loss = loss or (lambda model, batch: model(**batch)["loss"])
-    torch.manual_seed(derive_seed(seed, "model"))
+    torch.default_generator.manual_seed(derive_seed(seed, "model"))
     model = build_model()
     model.train()
     for prepare in prepares:
@@ -126,7 +126,7 @@ def train(  # noqa: PLR0912 - one rule after the other, as a hand-written loop h
                 return total
 
             def anew(accumulate=accumulate, step=step, skips=skips):
-                torch.manual_seed(derive_seed(seed, "step", step, 0))
+                torch.default_generator.manual_seed(derive_seed(seed, "step", step, 0))
                 updates.zero_grad()
                 total = accumulate() if gradients is None else gradients(model, accumulate)
                 if scaler is not None:

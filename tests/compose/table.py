@@ -9,6 +9,7 @@ each plugin, against the original libraries: here their own objects are used by 
 
 from __future__ import annotations
 
+import copy
 import math
 from functools import cache
 from importlib import import_module
@@ -66,8 +67,17 @@ def constant(plugin, folder):
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
+_models = {}
+
+
 def hf_model(plugin, folder):
     def build_model():
+        key = (str(plugin.path), plugin.task, str(plugin.arguments), str(plugin.labels))
+        if key not in _models:  # what is drawn is drawn from the same seed each time
+            _models[key] = load()
+        return copy.deepcopy(_models[key])
+
+    def load():
         import transformers
 
         kind = {"causal-lm": "CausalLM", "masked-lm": "MaskedLM", "seq2seq-lm": "Seq2SeqLM"}.get(
