@@ -30,7 +30,9 @@ class Smooth:
 
     @hookimpl
     def clip_gradients(self, step):
-        """Put the mean in place of each gradient."""
+        """Put the mean in place of each gradient, unless the step is skipped: they may not be finite then."""
+        if step.skipped is not None:
+            return
         for name, p in step.run.model.named_parameters():
             if p.grad is not None:
                 mean = self._means.get(name, torch.zeros_like(p)) * self.share + p.grad * (1 - self.share)
