@@ -294,7 +294,7 @@ def test_59_an_iterable_that_never_ends():
 
     run = Tensors(Endless, settings={"steps": 3}).fit(None, None)
     assert run.progress.rows == 12
-    with pytest.raises(ConfigError, match="nobody knows its length: give steps instead of epochs"):
+    with pytest.raises(ConfigError, match="a stream: give steps instead of epochs"):
         Tensors(Endless, settings={"epochs": 1}).fit(None, None)
 
 
