@@ -87,6 +87,8 @@ def by_hand(name: str, folder: Path) -> Any:
     spared = [p for n, p in model.named_parameters() if n.endswith("bias") or "norm" in n]
     decayed = [p for n, p in model.named_parameters() if not (n.endswith("bias") or "norm" in n)]
     entry = table.TABLE[name](plugin, folder)
+    for prepare in entry.get("prepares", ()):
+        prepare(model)
     if "groups" in entry:
         return entry["optimizer"](entry["groups"](model)).step
     return entry["optimizer"]([{"params": decayed}, {"params": spared, "weight_decay": 0.0}]).step
