@@ -72,13 +72,14 @@ class Defaults:
         hooks, progress, seed_global = self._hooks, run.progress, global_seeder(run.device)
         train_step, plan_step, step_end = hooks.train_step, hooks.plan_step, hooks.step_end
         seed, rank, lonely = run.settings.seed, run.rank, run.world_size == 1
-        groups, factors = run.optimizer.param_groups, _factors(run)
+        factors = _factors(run)
         log_due, log_interval = self._run.settings.log_every, self._log_interval
         run.stream = run.micros("train", progress.epoch, progress.rows_in_epoch, progress.position)
         while not run.finished:
             step = plan_step(run)
             if step is None:
                 break
+            groups = run.optimizer.param_groups  # loading a state makes others
             for group, factor in zip(groups, factors(progress.applied), strict=False):  # a skipped step moves nothing
                 group["lr"] = group["initial_lr"] * factor
             step.learning_rate = groups[0]["lr"]

@@ -48,7 +48,6 @@ class NanGuard:
     _zero: Any = option(None, init=False)
     _bad: int = option(0, init=False)  # bad steps in a row
     _due: bool = option(False, init=False)  # roll back when the step is over
-    _again: bool = option(False, init=False)  # rolled back: begin the epoch anew where it stands
     _rolled: bool = option(False, init=False)  # since the last good step
     _copy: dict[str, Any] = option(factory=dict, init=False)  # weights and optimizer state that were good
     _copied_at: int = option(0, init=False)  # updates done then
@@ -73,7 +72,7 @@ class NanGuard:
         self._zero = torch.zeros((), device=run.device)
         self._first = torch.full((), NEVER, dtype=torch.int64, device=run.device)
         self._flags = torch.zeros(len(self._names), dtype=torch.bool, device=run.device)
-        self._bad, self._due, self._again, self._rolled, self._copy, self._copied_at = 0, False, False, False, {}, 0
+        self._bad, self._due, self._rolled, self._copy, self._copied_at = 0, False, False, {}, 0
 
     # --- looking -------------------------------------------------------------------------------------------------
 
@@ -186,17 +185,8 @@ class NanGuard:
         run, progress = step.run, step.run.progress
         run.load_state_dict({**run.state_dict(), **_clones(self._copy), "plugins": {}})
         run.progress = progress  # others may hold it, and nothing in it has changed
-        self._due, self._again, self._rolled, self._bad = False, True, True, 0
+        self._due, self._rolled, self._bad = False, True, 0
         log.warning("nan-guard: step %d: back to the weights of update %d", step.number, self._copied_at)
-
-    @hookimpl(wrapper=True)
-    def plan_step(self, run: Run) -> Generator[None, Any, Any]:  # noqa: ARG002
-        """Let the loop begin anew where it stands, as it does on resume: the optimizer's groups are others now."""
-        step = yield
-        if self._again:
-            self._again = False
-            return None
-        return step
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next bad step depends on, the copy of the weights included."""
