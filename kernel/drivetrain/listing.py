@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import inspect
 from pathlib import Path
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from drivetrain.catalogue import Catalogue, Entry
 
 
+@functools.cache  # for its role and for its summary
 def _source(entry: Entry) -> ast.ClassDef | None:
     """Return the plugin's class as its source says it."""
     module, _, name = entry.value.partition(":")
