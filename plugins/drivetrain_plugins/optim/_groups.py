@@ -1,8 +1,11 @@
-"""What optimizer plugins share: turning the run's parameter groups into an optimizer's."""
+"""What optimizer plugins share: turning the run's parameter groups into an optimizer's, and pairs of numbers."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def with_decay(groups: list[dict[str, Any]], weight_decay: float) -> list[dict[str, Any]]:
@@ -17,3 +20,14 @@ def with_decay(groups: list[dict[str, Any]], weight_decay: float) -> list[dict[s
         else:
             twin["params"] += filled["params"]
     return merged
+
+
+def two(name: str, values: Sequence[float]) -> tuple[float, float]:
+    """Return `values` as a pair of floats, which is what optimizers take.
+
+    Raises:
+        ValueError: they are not two.
+    """
+    if len(values) != 2:  # noqa: PLR2004
+        raise ValueError(f"{name} must be two numbers. Received: {values!r}")
+    return float(values[0]), float(values[1])

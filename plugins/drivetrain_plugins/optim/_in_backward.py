@@ -10,14 +10,14 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from drivetrain import ConfigError, Problem, Step, hookimpl
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator, Iterator
 
     from drivetrain import Run
 
@@ -46,6 +46,30 @@ class OneBackward:
     @hookimpl
     def zero_grad(self, step: Step) -> None:
         """Do nothing: each gradient was freed after its update."""
+
+
+class Layerwise:
+    """The hooks of a plugin with the option `layerwise`, by which its backward passes update; a base class of it."""
+
+    NAME: ClassVar[str]
+    layerwise: bool
+    _updates: InBackward | None = None
+
+    @property
+    def conflicts(self) -> tuple[str, ...]:
+        """Layer-wise, gradients are never there all at once."""
+        return (*CONFLICTS, "optimizer-in-backward") if self.layerwise else ()
+
+    @hookimpl
+    def assembled(self, run: Run) -> None:
+        """Refuse, layer-wise, what needs all gradients at once."""
+        self._updates = InBackward(run, self.NAME) if self.layerwise else None
+
+    @hookimpl(wrapper=True)
+    def fit(self, run: Run) -> Generator[None, Any, Any]:  # noqa: ARG002 - the hook's argument
+        """Update in the backward pass, if asked to; then the optimizer finds no gradient and does nothing."""
+        with contextlib.nullcontext() if self._updates is None else self._updates.acting():
+            return (yield)
 
 
 class InBackward:

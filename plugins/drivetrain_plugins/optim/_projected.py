@@ -135,9 +135,3 @@ def _read(projector: Any, saved: dict[str, Any], device: torch.device) -> None:
     for name in ("seed", "svd_count"):
         if name in saved:
             setattr(projector, name, saved[name])
-
-
-def check_betas(betas: tuple[float, ...]) -> None:
-    """Refuse betas of another length."""
-    if len(betas) != 2:  # noqa: PLR2004
-        raise ValueError(f"betas must be two numbers. Received: {betas!r}")

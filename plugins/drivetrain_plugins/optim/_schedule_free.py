@@ -146,9 +146,3 @@ def check_warmup(warmup: float) -> None:
     """Refuse a number of steps that is not whole."""
     if warmup >= 1 and warmup != int(warmup):
         raise ValueError(f"from 1 on, warmup is a number of steps, which must be whole. Received: {warmup!r}")
-
-
-def check_betas(betas: tuple[float, ...]) -> None:
-    """Refuse betas of another length."""
-    if len(betas) != 2:  # noqa: PLR2004
-        raise ValueError(f"betas must be two numbers. Received: {betas!r}")

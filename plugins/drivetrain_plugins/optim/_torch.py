@@ -67,14 +67,3 @@ def implementation(
         plain = all(type(p) in (torch.Tensor, torch.nn.Parameter) for p in parameters)
         foreach = device in FOREACH_DEVICES and plain and not chosen.get("fused", False)
     return {**chosen, "foreach": foreach}
-
-
-def two(name: str, values: Sequence[float]) -> tuple[float, float]:
-    """Return `values` as a pair of floats, which is what torch takes.
-
-    Raises:
-        ValueError: they are not two.
-    """
-    if len(values) != 2:  # noqa: PLR2004
-        raise ValueError(f"{name} must be two numbers. Received: {values!r}")
-    return float(values[0]), float(values[1])

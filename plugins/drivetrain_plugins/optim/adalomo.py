@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from drivetrain import ConfigError, Problem, hookimpl, option, plugin
-from drivetrain_plugins.optim._groups import with_decay
+from drivetrain_plugins.optim._groups import two, with_decay
 from drivetrain_plugins.optim._in_backward import CONFLICTS
 from drivetrain_plugins.optim._library import library, refuse_unfit
 from drivetrain_plugins.optim._lomo import VALUE, Fused, FusedUpdates
@@ -34,8 +34,7 @@ class AdaLomo(Fused):
 
     def __attrs_post_init__(self) -> None:
         """Refuse eps of another length."""
-        if len(self.eps) != 2:  # noqa: PLR2004
-            raise ValueError(f"eps must be two numbers. Received: {self.eps!r}")
+        two("eps", self.eps)
 
     @hookimpl
     def build_optimizer(self, run: Run, groups: Any) -> FusedUpdates:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from drivetrain import hookimpl, option, plugin
-from drivetrain_plugins.optim._groups import with_decay
-from drivetrain_plugins.optim._torch import implementation, two
+from drivetrain_plugins.optim._groups import two, with_decay
+from drivetrain_plugins.optim._torch import implementation
 
 if TYPE_CHECKING:
     from drivetrain import Run

@@ -8,8 +8,8 @@ import torch
 
 from drivetrain import hookimpl, option, plugin
 from drivetrain_plugins.optim._fused_adamw import FusedAdamW
-from drivetrain_plugins.optim._groups import with_decay
-from drivetrain_plugins.optim._torch import FUSED_DEVICES, implementation, two
+from drivetrain_plugins.optim._groups import two, with_decay
+from drivetrain_plugins.optim._torch import FUSED_DEVICES, implementation
 
 if TYPE_CHECKING:
     from drivetrain import Run

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 from drivetrain import hookimpl, option, plugin
-from drivetrain_plugins.optim._groups import with_decay
-from drivetrain_plugins.optim._in_backward import CONFLICTS, InBackward
+from drivetrain_plugins.optim._groups import two, with_decay
+from drivetrain_plugins.optim._in_backward import Layerwise
 from drivetrain_plugins.optim._library import library, refuse_unfit
-from drivetrain_plugins.optim._projected import TARGETS, check_betas, parse_targets, with_projection, writing_out
+from drivetrain_plugins.optim._projected import TARGETS, parse_targets, with_projection, writing_out
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
     import torch
 
     from drivetrain import Run
@@ -22,7 +19,7 @@ NAME = "apollo"
 
 
 @plugin(role="optim", example={"lr": 0.01, "rank": 2, "update_proj_gap": 2, "weight_decay": 0.1})
-class Apollo:
+class Apollo(Layerwise):
     """Update with gradients that are scaled, a channel at a time, by what AdamW would do in a random low rank.
 
     Matrices of `torch.nn.Linear` are treated so, the other parameters are updated by AdamW. All of the options hold for
@@ -30,6 +27,8 @@ class Apollo:
     `layerwise` updates in the backward pass, as `optimizer-in-backward` does. The library's limit on the growth of
     an update's norm reads it on the host, once a matrix and step.
     """
+
+    NAME = NAME
 
     lr: float = option(1e-3, gt=0, lt=float("inf"), help="peak learning rate")
     rank: int = option(128, ge=1, help="rows of the projected gradients; smaller matrices are not projected")
@@ -47,16 +46,10 @@ class Apollo:
     eps: float = option(1e-6, gt=0, lt=float("inf"), help="added to the root of the mean square")
     weight_decay: float = option(0.0, ge=0, lt=float("inf"), help="decoupled decay; biases and norms are spared")
     layerwise: bool = option(False, help="update each parameter in the backward pass, and free its gradient")
-    _updates: Any = option(None, init=False)
 
     def __attrs_post_init__(self) -> None:
         """Refuse betas of another length."""
-        check_betas(self.betas)
-
-    @property
-    def conflicts(self) -> tuple[str, ...]:
-        """Layer-wise, gradients are never there all at once."""
-        return (*CONFLICTS, "optimizer-in-backward") if self.layerwise else ()
+        two("betas", self.betas)
 
     @hookimpl
     def build_optimizer(self, run: Run, groups: Any) -> torch.optim.Optimizer:
@@ -74,21 +67,10 @@ class Apollo:
             return optimizer._initialize_projector(group, state)  # noqa: SLF001 - the library's own way
 
         optimizer: torch.optim.Optimizer = writing_out(apollo.APOLLOAdamW, build)(
-            with_decay(split, self.weight_decay), lr=self.lr, betas=(self.betas[0], self.betas[1]), eps=self.eps,
+            with_decay(split, self.weight_decay), lr=self.lr, betas=two("betas", self.betas), eps=self.eps,
             scale_front=self.scale_front, disable_nl=not self.limit_growth,
         )  # fmt: skip
         for number, p in enumerate(run.model.parameters()):  # the library takes the place in the groups as it is
             if p in optimizer.state:
                 optimizer.state[p]["seed"] = run.seed_for(NAME, number)
         return optimizer
-
-    @hookimpl
-    def assembled(self, run: Run) -> None:
-        """Refuse, layer-wise, what needs all gradients at once."""
-        self._updates = InBackward(run, NAME) if self.layerwise else None
-
-    @hookimpl(wrapper=True)
-    def fit(self, run: Run) -> Generator[None, Any, Any]:  # noqa: ARG002 - the hook's argument
-        """Update in the backward pass, if asked to; then the optimizer finds no gradient and does nothing."""
-        with contextlib.nullcontext() if self._updates is None else self._updates.acting():
-            return (yield)

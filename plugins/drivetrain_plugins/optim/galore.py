@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 from drivetrain import ConfigError, Problem, hookimpl, option, plugin
-from drivetrain_plugins.optim._groups import with_decay
-from drivetrain_plugins.optim._in_backward import CONFLICTS, InBackward
+from drivetrain_plugins.optim._groups import two, with_decay
+from drivetrain_plugins.optim._in_backward import Layerwise
 from drivetrain_plugins.optim._library import library, refuse_unfit
-from drivetrain_plugins.optim._projected import TARGETS, check_betas, parse_targets, with_projection, writing_out
+from drivetrain_plugins.optim._projected import TARGETS, parse_targets, with_projection, writing_out
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
     import torch
 
     from drivetrain import Run
@@ -30,12 +27,14 @@ OWN: dict[str, dict[str, Any]] = {  # options that a base has to itself
 
 
 @plugin(role="optim", example={"lr": 0.01, "rank": 2, "update_proj_gap": 2, "weight_decay": 0.1})
-class GaLore:
+class GaLore(Layerwise):
     """Update with moments of gradients that are projected to a low rank, on their largest singular vectors.
 
     Matrices of `torch.nn.Linear` are projected, the other parameters are updated by the base optimizer as it is. All of
     the options hold for both. `layerwise` updates in the backward pass, as `optimizer-in-backward` does.
     """
+
+    NAME = NAME
 
     base: str = option(
         "adamw", choices=["adamw", "adamw-8bit", "adafactor"], help="the optimizer; adamw-8bit needs CUDA"
@@ -55,21 +54,15 @@ class GaLore:
     min_8bit_size: int = option(MIN_8BIT_SIZE, ge=1, help="smaller states stay in 32 bits, of adamw-8bit")
     weight_decay: float = option(0.0, ge=0, lt=float("inf"), help="decoupled decay; biases and norms are spared")
     layerwise: bool = option(False, help="update each parameter in the backward pass, and free its gradient")
-    _updates: Any = option(None, init=False)
 
     def __attrs_post_init__(self) -> None:
         """Refuse options of the other base."""
-        check_betas(self.betas)
+        two("betas", self.betas)
         others = {name: default for own in OWN.values() for name, default in own.items() if name not in OWN[self.base]}
         for name, default in others.items():
             value = tuple(getattr(self, name)) if name == "betas" else getattr(self, name)
             if value != default:
                 raise ValueError(f"{name} is no option of the base {self.base!r}. Received: {value!r}")
-
-    @property
-    def conflicts(self) -> tuple[str, ...]:
-        """Layer-wise, gradients are never there all at once."""
-        return (*CONFLICTS, "optimizer-in-backward") if self.layerwise else ()
 
     @hookimpl
     def build_optimizer(self, run: Run, groups: Any) -> torch.optim.Optimizer:
@@ -88,7 +81,7 @@ class GaLore:
         }  # fmt: skip
         split = with_projection(run, groups, self.targets, projection, plugin=NAME)
         built = with_decay(split, self.weight_decay)
-        options: dict[str, Any] = {"lr": self.lr, "betas": (self.betas[0], self.betas[1]), "eps": self.eps}
+        options: dict[str, Any] = {"lr": self.lr, "betas": two("betas", self.betas), "eps": self.eps}
         if self.base == "adamw":
             made, options["no_deprecation_warning"] = galore.GaLoreAdamW, True
         elif self.base == "adamw-8bit":
@@ -103,14 +96,3 @@ class GaLore:
 
         optimizer: torch.optim.Optimizer = writing_out(made, build)(built, **options)
         return optimizer
-
-    @hookimpl
-    def assembled(self, run: Run) -> None:
-        """Refuse, layer-wise, what needs all gradients at once."""
-        self._updates = InBackward(run, NAME) if self.layerwise else None
-
-    @hookimpl(wrapper=True)
-    def fit(self, run: Run) -> Generator[None, Any, Any]:  # noqa: ARG002 - the hook's argument
-        """Update in the backward pass, if asked to; then the optimizer finds no gradient and does nothing."""
-        with contextlib.nullcontext() if self._updates is None else self._updates.acting():
-            return (yield)

@@ -11,8 +11,8 @@ import torch
 from drivetrain import ConfigError, Problem, hookimpl, option, plugin
 from drivetrain_plugins.optim._composite import Composite
 from drivetrain_plugins.optim._fused_adamw import FusedAdamW
-from drivetrain_plugins.optim._groups import with_decay
-from drivetrain_plugins.optim._torch import FUSED_DEVICES, implementation, two
+from drivetrain_plugins.optim._groups import two, with_decay
+from drivetrain_plugins.optim._torch import FUSED_DEVICES, implementation
 from drivetrain_plugins.shared.causal import unwrapped
 
 if TYPE_CHECKING:

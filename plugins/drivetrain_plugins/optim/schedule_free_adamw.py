@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from drivetrain import hookimpl, option, plugin
-from drivetrain_plugins.optim._groups import with_decay
+from drivetrain_plugins.optim._groups import two, with_decay
 from drivetrain_plugins.optim._library import library, refuse_unfit
-from drivetrain_plugins.optim._schedule_free import CONFLICTS, WARMUP, ScheduleFree, check_betas, check_warmup
+from drivetrain_plugins.optim._schedule_free import CONFLICTS, WARMUP, ScheduleFree, check_warmup
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ class ScheduleFreeAdamW(ScheduleFree):
 
     def __attrs_post_init__(self) -> None:
         """Refuse betas of another length and a part of a step."""
-        check_betas(self.betas)
+        two("betas", self.betas)
         check_warmup(self.warmup)
 
     @hookimpl
@@ -46,7 +46,7 @@ class ScheduleFreeAdamW(ScheduleFree):
         refuse_unfit(self.NAME, run, groups)
         schedulefree = library("schedulefree", self.NAME)
         made: torch.optim.Optimizer = schedulefree.AdamWScheduleFree(
-            with_decay(groups, self.weight_decay), lr=self.lr, betas=(self.betas[0], self.betas[1]), eps=self.eps,
+            with_decay(groups, self.weight_decay), lr=self.lr, betas=two("betas", self.betas), eps=self.eps,
             r=self.r, weight_lr_power=self.weight_lr_power, foreach=self.foreach,
         )  # fmt: skip
         return made

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from drivetrain import hookimpl, option, plugin
-from drivetrain_plugins.optim._groups import with_decay
+from drivetrain_plugins.optim._groups import two, with_decay
 from drivetrain_plugins.optim._library import library, refuse_unfit
-from drivetrain_plugins.optim._schedule_free import CONFLICTS, ScheduleFree, check_betas
+from drivetrain_plugins.optim._schedule_free import CONFLICTS, ScheduleFree
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ class ScheduleFreeRAdam(ScheduleFree):
 
     def __attrs_post_init__(self) -> None:
         """Refuse betas of another length."""
-        check_betas(self.betas)
+        two("betas", self.betas)
 
     @hookimpl
     def build_optimizer(self, run: Run, groups: Any) -> torch.optim.Optimizer:
@@ -45,7 +45,7 @@ class ScheduleFreeRAdam(ScheduleFree):
         refuse_unfit(self.NAME, run, groups)
         schedulefree = library("schedulefree", self.NAME)
         made: torch.optim.Optimizer = schedulefree.RAdamScheduleFree(
-            with_decay(groups, self.weight_decay), lr=self.lr, betas=(self.betas[0], self.betas[1]), eps=self.eps,
+            with_decay(groups, self.weight_decay), lr=self.lr, betas=two("betas", self.betas), eps=self.eps,
             r=self.r, weight_lr_power=self.weight_lr_power, silent_sgd_phase=self.silent_sgd_phase,
             foreach=self.foreach,
         )  # fmt: skip
