@@ -49,7 +49,9 @@ _HOMES = {
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __version__ = "0.1.0"
+CONTRACT = 1  # of hooks and carriers; the entry points' group is named for it
 __all__ = [
+    "CONTRACT",
     "BadRow",
     "Catalogue",
     "CheckpointError",

@@ -66,7 +66,7 @@ def plugin_frames(error: BaseException, run: Run) -> list[str]:
     while traceback is not None:
         frame = traceback.tb_frame
         owner = names.get(id(frame.f_locals.get("self")))
-        if owner is not None and not _passed_through(traceback):
+        if owner is not None and frame.f_code.co_name in run.plan.hooks and not _passed_through(traceback):
             notes.append(f"in plugin {owner!r}, hook {frame.f_code.co_name!r}, step {run.progress.step}")
         traceback = traceback.tb_next
     return notes[-1:] or [f"in step {run.progress.step}"]

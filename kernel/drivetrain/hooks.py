@@ -312,21 +312,24 @@ class Hooks:
 
     @operation()
     def save(self, run: Run, path: Path) -> Any:
-        """Write a complete checkpoint at `path` or nothing, then fire `saved`. No default."""
+        """Write a complete checkpoint at `path` or nothing, then fire `saved`. No default.
+
+        What it writes is the state at the call; who writes in the background fires `saved` at a later step boundary.
+        """
 
     @event()
-    def saved(self, run: Run, path: Path) -> None:
-        """Hear that the files at `path` are complete and valid."""
+    def saved(self, run: Run, path: Path | str) -> None:
+        """Hear that the files at `path` (the URL as text, where it is a store's) are complete and valid."""
 
     @operation()
-    def load(self, run: Run, path: Path | None) -> Any:
+    def load(self, run: Run, path: Path | str | None) -> Any:
         """Restore the checkpoint at `path`, or the newest valid one of the run if None; return its path or None.
 
         No default. The kernel fires `loaded` afterwards, unless None was returned.
         """
 
     @event()
-    def loaded(self, run: Run, path: Path) -> None:
+    def loaded(self, run: Run, path: Path | str) -> None:
         """Hear that the state at `path` has been restored."""
 
     @collect

@@ -23,6 +23,8 @@ import torch
 
 from drivetrain import Trainer, hookimpl, plugin
 from drivetrain_plugins import Accumulate, AdamW, Checkpoint, Clip, Linear, Loader
+from drivetrain_plugins.checkpoint import _saved
+from drivetrain_plugins.checkpoint._place import checkpoint_at, shelf_of
 from drivetrain_plugins.checkpoint._store import LocalStore
 
 ROWS, STEPS = 90, 10  # 12 batches of 8, the last of 2; accumulation 2 makes 6 steps an epoch
@@ -194,6 +196,16 @@ def digest(tree: Any) -> str:
 
     add(tree)
     return made.hexdigest()
+
+
+def read(folder: Path | str) -> _saved.Saved:
+    """Return the checkpoint in a folder, every byte of it verified."""
+    return _saved.read(*checkpoint_at(folder))
+
+
+def newest(run: Path, passed_over=lambda reason: None) -> _saved.Saved | None:
+    """Return the newest valid checkpoint of the run in a folder."""
+    return _saved.newest(shelf_of(run / "checkpoints"), passed_over)
 
 
 def build(job: Job, store: LocalStore) -> tuple[Trainer, Any]:

@@ -11,8 +11,6 @@ import faults_worker
 import pytest
 
 from drivetrain import CheckpointError
-from drivetrain_plugins.checkpoint import _folder
-from drivetrain_plugins.checkpoint._store import LocalStore
 
 FILES = ["manifest.json", "model.safetensors", "state.json", "state.safetensors"]
 OLDER, NEWEST = "step-00000008", "step-00000010"
@@ -28,7 +26,7 @@ def run(finished, tmp_path):
 def newest(folder):
     """Return what the reader takes, and what it says about those it passed over."""
     reasons = []
-    return _folder.newest(LocalStore(), folder / "checkpoints", reasons.append), reasons
+    return faults_worker.newest(folder, reasons.append), reasons
 
 
 def truncate(length):
@@ -99,7 +97,7 @@ def test_one_flipped_bit_is_noticed(run, file):
         flipped[place] ^= 1 << draws.randrange(8)
         path.write_bytes(flipped)
         with pytest.raises(CheckpointError, match=f"{NEWEST}: {file}"):
-            _folder.read(LocalStore(), path.parent)
+            faults_worker.read(path.parent)
     path.write_bytes(content)
     assert newest(run)[0].path.name == NEWEST
 
@@ -122,7 +120,7 @@ def test_nothing_valid_is_an_error_not_a_new_start(run):
     """With every checkpoint damaged, resume="auto" raises and lists each reason; it does not start from scratch."""
     for name in (OLDER, NEWEST):
         (run / "checkpoints" / name / "model.safetensors").unlink()
-    trainer, rows = faults_worker.build(faults_worker.Job(folder=str(run)), LocalStore())
+    trainer, rows = faults_worker.build(faults_worker.Job(folder=str(run)), faults_worker.LocalStore())
     with pytest.raises(CheckpointError, match="none of the 2 checkpoints") as caught:
         trainer.fit(rows, resume="auto")
     assert all(f"{name}: model.safetensors is missing" in str(caught.value) for name in (OLDER, NEWEST))
@@ -134,7 +132,7 @@ def test_the_one_before_is_resumed_to_the_same_end(worker, finished, run, caplog
     content = bytearray(path.read_bytes())
     content[-3] ^= 4
     path.write_bytes(content)
-    trainer, rows = faults_worker.build(faults_worker.Job(folder=str(run)), LocalStore())
+    trainer, rows = faults_worker.build(faults_worker.Job(folder=str(run)), faults_worker.LocalStore())
     assembled = trainer.assemble(rows)
     with caplog.at_level(logging.WARNING, "drivetrain"):
         assert assembled.hooks.load(assembled, None).name == OLDER

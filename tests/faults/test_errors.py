@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import random
 import shutil
@@ -12,8 +13,6 @@ import numpy as np
 import pytest
 
 from drivetrain import CheckpointError
-from drivetrain_plugins.checkpoint import _folder
-from drivetrain_plugins.checkpoint._store import LocalStore
 
 ROTATION = {"listdir", "read", "rename", "remove", "remove_folder"}
 
@@ -29,9 +28,12 @@ def fit(folder, store, **job):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO], ids=["ENOSPC", "EIO"])
 def test_an_error_at_every_call(tmp_path, caplog, number):
-    """An error of the file system at any call is a CheckpointError (in a rotation: a warning) and loses nothing."""
+    """An error of the file system at any call is a CheckpointError and loses nothing.
+
+    In a rotation it is a warning, and where the disk is full, what the rotation would remove goes first.
+    """
     calls = fit(tmp_path / "count", faults_worker.FaultyStore(), steps=6)
-    start = 0 if number == errno.EIO else 7  # calls that take no space at the start
+    start = 0 if number == errno.EIO else 15  # calls that take no space at the start
     for failing in range(start + 1, len(calls) + 1):
         folder, name = tmp_path / str(failing), calls[failing - 1]
 
@@ -46,13 +48,14 @@ def test_an_error_at_every_call(tmp_path, caplog, number):
         except CheckpointError as error:
             raised = error
         assert raised is None or (isinstance(raised.__cause__, OSError) and "injected" in str(raised))
-        assert raised or (name in ROTATION and failing > 20), f"call {failing} ({name}) went by unnoticed"
+        made_room = number == errno.ENOSPC and "making room first: step-00000002" in caplog.text
+        assert raised or made_room or (name in ROTATION and failing > 20), f"call {failing} ({name}) went by unnoticed"
         if raised is None and name != "read":  # who owns a folder is not certain: it stays
             assert [r for r in caplog.records if r.levelno == logging.WARNING], (failing, name)
         parent = folder / "checkpoints"
         names = sorted(p.name for p in parent.iterdir()) if parent.exists() else []
         assert not [n for n in names if n.startswith(".tmp-") and not n.startswith(".tmp-00000000")]
-        steps = [_folder.read(LocalStore(), parent / n).manifest["step"] for n in names if not n.startswith(".")]
+        steps = [faults_worker.read(parent / n).manifest["step"] for n in names if not n.startswith(".")]
         done = calls[: failing - 1].count("sync") // 4  # saves whose files were all synced
         assert len(steps) >= min(2, done - 1), (failing, name, steps)
         if raised is None:
@@ -64,7 +67,7 @@ def test_a_full_disk_is_told_with_need_and_free(tmp_path):
     """The message of a full disk names the checkpoint, how much it needs and how much is free."""
 
     def act(now, called, args):
-        if called == "write":
+        if called == "write" and len(args[1]) > 5:  # the probe of the start fits
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(CheckpointError, match=r"step-00000002 .*No space left.* needs about \d+ bytes, \d+ are free"):
@@ -120,16 +123,13 @@ def test_the_order_of_calls(tmp_path):
 
 def test_writes_are_in_chunks(tmp_path):
     """No write is larger than a mebibyte, and the bytes are those of the tensors."""
-    import torch
+    from drivetrain_plugins.checkpoint._local import LocalShelf
 
-    from drivetrain_plugins.checkpoint._format import encode
-
-    large = {"a": torch.arange(700_001, dtype=torch.float32), "b": torch.ones(3)}
+    content = bytes(range(256)) * 5000
     store = faults_worker.FaultyStore()
-    about = {"step": 3, "position": {"step": 3}, "aliases": {}, "plugins": {}, "settings": {}, "world_size": 1}
-    encoded = encode({"model": large, "progress": {"step": 3}}, ("model",))
-    _folder.write(store, tmp_path / "step-00000003", encoded, {**about, "environment": {}})
+    draft = LocalShelf(tmp_path, store).begin("step-00000003")
+    about = draft.write("model.safetensors", [content[:7], memoryview(content)[7:1_000_000], content[1_000_000:]])
     sizes = [len(args[1]) for name, args in store.log if name == "write"]
-    assert max(sizes) == 2**20
-    back = _folder.read(store, tmp_path / "step-00000003").tree["model"]
-    assert all(torch.equal(back[k], large[k]) for k in large)
+    assert sizes == [2**20, len(content) - 2**20]
+    assert (draft.folder / "model.safetensors").read_bytes() == content
+    assert about == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}

@@ -6,10 +6,8 @@ import os
 import random
 import shutil
 
+import faults_worker
 import pytest
-
-from drivetrain_plugins.checkpoint import _folder
-from drivetrain_plugins.checkpoint._store import LocalStore
 
 PARTS = 6
 
@@ -25,7 +23,7 @@ def kill_and_resume(worker, folder, reference, **kill):
     assert worker(folder, **kill)["status"] == -9
     names = visible(folder)
     for name in names:
-        _folder.read(LocalStore(), folder / "checkpoints" / name)
+        faults_worker.read(folder / "checkpoints" / name)
     resumed = worker(folder)
     assert resumed["source"] == (names[-1] if names else None)
     assert resumed["digests"] == reference["digests"]
@@ -49,7 +47,7 @@ def test_killed_before_every_call(worker, uninterrupted, tmp_path, part):
 def test_killed_inside_every_write(worker, uninterrupted, tmp_path, part):
     """A SIGKILL with half of a write done, for every write of a run, changes nothing that a reader sees."""
     writes = [i for i, name in enumerate(uninterrupted["calls"], 1) if name == "write"]
-    assert len(writes) == 20  # 5 saves of 4 files
+    assert len(writes) == 21  # the probe at the start, and 5 saves of 4 files
     for call in writes[part::2]:
         kill_and_resume(worker, tmp_path / str(call), uninterrupted, inside_write=call)
 

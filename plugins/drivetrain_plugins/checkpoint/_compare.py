@@ -28,6 +28,11 @@ def plugin_list(run: Run) -> dict[str, Any]:
     return listed
 
 
+def state_versions(run: Run) -> dict[str, int]:
+    """Return the version of each plugin's state: its class attribute `state_version`, or 1."""
+    return {n: getattr(p, "state_version", 1) for n, p in run.plugins.items() if hasattr(p, "state_dict")}
+
+
 def settings(run: Run, sample: str | None) -> dict[str, Any]:
     """Return the settings and facts on which the course of the run depends; `sample` is the digest of some rows."""
     rows = {"rows_per_epoch": run.rows_per_epoch, "rows_sample": sample}
@@ -38,6 +43,7 @@ def environment(run: Run) -> dict[str, Any]:
     """Return what the exact bits of a step depend on outside the run."""
     return {
         "drivetrain": drivetrain.__version__,
+        "contract": drivetrain.CONTRACT,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -51,7 +57,7 @@ def differences(manifest: dict[str, Any], run: Run, ties: dict[str, str], sample
     """Return a line for each difference after which the run would not be the one that was saved.
 
     Plugins that only observe may come, go and change, and so may the options that a plugin names in `free_options`,
-    such as how many processes make its batches.
+    such as how many processes make its batches. Those in `per_rank_options` may change with the number of ranks.
     """
     then, now = _changing(manifest["plugins"]), _changing(plugin_list(run))
     lines = [f"- {name} {_brief(then[name])}" for name in then if name not in now]
@@ -60,7 +66,11 @@ def differences(manifest: dict[str, Any], run: Run, ties: dict[str, str], sample
         old, new = _flat(then[name]), _flat(now[name])
         pairs = ((key, old.get(key, "absent"), new.get(key, "absent")) for key in sorted(old.keys() | new.keys()))
         free = getattr(run.plugins[name], "free_options", ())
-        lines += [f"~ {name}: {key} was {a!r}, is {b!r}" for key, a, b in pairs if a != b and key not in free]
+        lines += [
+            f"~ {name}: {key} was {a!r}, is {b!r}"
+            for key, a, b in pairs
+            if a != b and key not in free and not _same_over_ranks(run, name, key, (a, b), manifest["world_size"])
+        ]
     order = [[n for n in names if n in then and n in now] for names in (then, now)]
     if order[0] != order[1]:
         lines.append(f"~ order: was {', '.join(order[0])}; is {', '.join(order[1])}")
@@ -70,8 +80,6 @@ def differences(manifest: dict[str, Any], run: Run, ties: dict[str, str], sample
     ]
     if old.get("rows_sample") not in (None, new["rows_sample"]) and old.get("rows_per_epoch") == new["rows_per_epoch"]:
         lines.append("~ data: the training rows are as many as before, but not the same")
-    if manifest["world_size"] != run.world_size:
-        lines.append(f"~ run: world size was {manifest['world_size']}, is {run.world_size}")
     for name in sorted(manifest["aliases"].keys() | ties.keys()):
         was, is_now = (f"tied to {t[name]}" if name in t else "not tied" for t in (manifest["aliases"], ties))
         if was != is_now:
@@ -82,10 +90,19 @@ def differences(manifest: dict[str, Any], run: Run, ties: dict[str, str], sample
 def warn_about_environment(manifest: dict[str, Any], run: Run) -> None:
     """Say that bits may differ, where the machine or the libraries do."""
     then, now = manifest["environment"], environment(run)
-    changed = [k for k in ("torch", "cpu_capability", "threads", "device") if then.get(k) != now[k]]
-    if changed:
-        was = ", ".join(f"{k} was {then.get(k)!r}, is {now[k]!r}" for k in changed)
-        log.warning("checkpoint: going on bit for bit is not promised here: %s", was)
+    pairs = {k: (then.get(k, now[k]), now[k]) for k in ("contract", "torch", "cpu_capability", "threads", "device")}
+    pairs["world size"] = (manifest["world_size"], run.world_size)  # the order of rows is the same, sums are not
+    if changed := [f"{k} was {a!r}, is {b!r}" for k, (a, b) in pairs.items() if a != b]:
+        log.warning("checkpoint: going on bit for bit is not promised here: %s", ", ".join(changed))
+
+
+def _same_over_ranks(run: Run, name: str, key: str, values: tuple[Any, Any], ranks_then: int) -> bool:
+    """Tell whether an option of each rank, such as a batch size, comes to the same over all ranks."""
+    default = getattr(run.plugins[name], "per_rank_options", {}).get(key)
+    if default is None or ranks_then == run.world_size:
+        return False
+    then, now = (default if value is None else value for value in values)
+    return bool(then * ranks_then == now * run.world_size)
 
 
 def _changing(plugins: dict[str, Any]) -> dict[str, Any]:

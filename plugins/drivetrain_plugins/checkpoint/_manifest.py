@@ -9,14 +9,20 @@ import re
 from typing import Any
 
 MAGIC = "drivetrain-checkpoint"
-SCHEMA = 1
+SCHEMA = 2
 NAME = "manifest.json"
-FILES = ("model.safetensors", "state.safetensors", "state.json")
+FULL = ("model.safetensors", "state.safetensors", "state.json")
+SHARDED = ("shards.json", "state.json")  # and a part of each rank
+PART = re.compile(r"part-\d{5}\.safetensors")
+RUN, WEIGHTS = "run", "weights"  # what a checkpoint holds: all that resuming needs, or the model alone
 MAX_BYTES, MAX_DEPTH, MAX_ENTRIES = 4 * 2**20, 32, 100_000
 FIELDS: dict[str, type] = {
-    "magic": str, "schema": int, "step": int, "position": dict, "files": dict, "aliases": dict, "plugins": dict,
-    "settings": dict, "world_size": int, "environment": dict, "sha256": str,
+    "magic": str, "schema": int, "kind": str, "step": int, "position": dict, "files": dict, "aliases": dict,
+    "plugins": dict, "states": dict, "settings": dict, "metrics": dict, "milestone": bool, "world_size": int,
+    "environment": dict, "sha256": str,
 }  # fmt: skip
+# What a field that an earlier schema did not have is taken to be.
+_ADDED: dict[int, dict[str, Any]] = {1: {"kind": RUN, "states": {}, "metrics": {}, "milestone": False}}
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -95,17 +101,23 @@ def parse(raw: bytes | bytearray) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("magic") != MAGIC:
         raise ValueError(f"expected an object with magic {MAGIC!r}, found {str(content)[:80]}")
     schema = content.get("schema")
-    if schema != SCHEMA or type(schema) is not int:
+    if type(schema) is not int or not 1 <= schema <= SCHEMA:
         hint = "; a later version of drivetrain wrote it" if type(schema) is int and schema > SCHEMA else ""
-        raise ValueError(f"expected schema {SCHEMA}, found {schema!r}{hint}")
-    if content.keys() != FIELDS.keys():
-        raise ValueError(f"expected the fields {sorted(FIELDS)}, found {sorted(content)}")
-    for field, kind in FIELDS.items():
+        raise ValueError(f"expected a schema up to {SCHEMA}, found {schema!r}{hint}")
+    added = {k: v for number, fields in _ADDED.items() if number >= schema for k, v in fields.items()}
+    fields = FIELDS.keys() - added
+    if content.keys() != fields:
+        raise ValueError(f"expected the fields {sorted(fields)}, found {sorted(content)}")
+    for field, kind in ((name, FIELDS[name]) for name in content):
         if type(content[field]) is not kind:
             raise ValueError(f"expected {field!r} to be of type {kind.__name__}, found {content[field]!r}")
     body = {k: v for k, v in content.items() if k != "sha256"}
     if bytes(raw) != dump_json(content, indent=1) or hashlib.sha256(dump_json(body)).hexdigest() != content["sha256"]:
         raise ValueError("its content does not have the sha256 that it names")
+    content = {**content, **added}
+    if content["kind"] not in (RUN, WEIGHTS):
+        raise ValueError(f"expected a kind {RUN!r} or {WEIGHTS!r}, found {content['kind']!r}")
+    _check_versions(content["states"])
     _check_counters(content)
     _check_files(content["files"])
     return content
@@ -121,6 +133,12 @@ def _check_counters(content: dict[str, Any]) -> None:
         raise ValueError(f"expected a position at step {step}, found {position}")
 
 
+def _check_versions(states: dict[str, Any]) -> None:
+    wrong = {k: v for k, v in states.items() if type(v) is not int or v < 1}
+    if wrong:
+        raise ValueError(f"expected versions of plugins' states, found {str(wrong)[:80]}")
+
+
 def _check_files(files: dict[str, Any]) -> None:
     for name, about in files.items():
         if not _FILE_NAME.fullmatch(name):
@@ -130,5 +148,6 @@ def _check_files(files: dict[str, Any]) -> None:
             raise ValueError(f"expected size and sha256 of {name!r}, found {str(about)[:80]}")
         if type(about["sha256"]) is not str or not _SHA256.fullmatch(about["sha256"]):
             raise ValueError(f"expected the sha256 of {name!r}, found {str(about['sha256'])[:80]}")
-    if set(files) != set(FILES):
-        raise ValueError(f"expected the files {sorted(FILES)}, found {sorted(files)}")
+    parts = {name for name in files if PART.fullmatch(name)}
+    if set(files) not in (set(FULL), {*SHARDED, *parts}) or (set(files) != set(FULL) and not parts):
+        raise ValueError(f"expected the files {sorted(FULL)}, or {sorted(SHARDED)} with parts, found {sorted(files)}")

@@ -1,4 +1,4 @@
-"""One outcome on all ranks: what one fails at, all raise; what rank 0 found, all use."""
+"""One outcome on all ranks: what one fails at, all raise; what one knows, all hear. Nothing is pickled."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from drivetrain import CheckpointError
+from drivetrain import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,14 +17,14 @@ T = TypeVar("T")
 
 
 def together(run: Run, work: Callable[[], T]) -> T:
-    """Do `work` on every rank; where it fails on one, raise that CheckpointError on all.
+    """Do `work` on every rank; where it fails on one, raise that error on all.
 
     All ranks must call it. It returns when all are done.
     """
-    failed: CheckpointError | None = None
+    failed: CheckpointError | ConfigError | None = None
     try:
         result = work()
-    except CheckpointError as error:
+    except (CheckpointError, ConfigError) as error:
         failed = error
     if run.world_size > 1:
         first = torch.tensor([run.world_size if failed is None else run.rank], device=run.device)
@@ -46,6 +46,20 @@ def share_text(run: Run, text: str, source: int = 0) -> str:
     torch.distributed.broadcast(length, source)
     content = torch.zeros(int(length), dtype=torch.uint8, device=run.device)
     if run.rank == source:
-        content = torch.tensor(list(raw), dtype=torch.uint8, device=run.device)
+        content = torch.frombuffer(bytearray(raw), dtype=torch.uint8).to(run.device) if raw else content
     torch.distributed.broadcast(content, source)
-    return bytes(content.tolist()).decode()
+    return bytes(content.cpu().numpy()).decode()
+
+
+def gather_texts(run: Run, text: str) -> list[str]:
+    """Return every rank's `text` by rank; all ranks must call it."""
+    if run.world_size == 1:
+        return [text]
+    raw = text.encode()
+    lengths = [torch.zeros(1, dtype=torch.int64, device=run.device) for _ in range(run.world_size)]
+    torch.distributed.all_gather(lengths, torch.tensor([len(raw)], device=run.device))
+    sizes = [int(n) for n in torch.cat(lengths).tolist()]
+    own = torch.frombuffer(bytearray(raw.ljust(max(*sizes, 1))), dtype=torch.uint8).to(run.device)
+    parts = [torch.empty_like(own) for _ in sizes]
+    torch.distributed.all_gather(parts, own)
+    return [bytes(part[:size].cpu().numpy()).decode() for part, size in zip(parts, sizes, strict=True)]

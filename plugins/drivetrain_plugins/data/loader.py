@@ -72,6 +72,7 @@ class Loader:
     """Set batch size and worker processes; the order of rows depends on neither."""
 
     free_options: ClassVar = ("workers", "prefetch", "timeout_s", "pin_memory", "persistent", "start_method")
+    per_rank_options: ClassVar = {"batch_size": ROWS}  # with its default: other ranks may make up for another size
 
     batch_size: int | None = option(None, ge=1, help="rows of a micro-batch, for each rank; None takes 8")
     evaluate_batch_size: int | None = option(None, ge=1, help="rows of an evaluation batch; None takes batch_size")

@@ -14,14 +14,18 @@ from drivetrain_plugins.checkpoint import _manifest
 
 FILE = {"size": 3, "sha256": "0" * 64}
 GOOD = {
+    "kind": "run",
     "step": 4,
     "position": {"step": 4, "applied": 4, "epoch": 0},
     "aliases": {"b": "a"},
     "plugins": {},
+    "states": {"ema": 1},
+    "metrics": {"evaluate/loss": 0.5},
+    "milestone": False,
     "settings": {"seed": 1},
     "world_size": 1,
     "environment": {},
-    "files": dict.fromkeys(_manifest.FILES, FILE),
+    "files": dict.fromkeys(_manifest.FULL, FILE),
 }
 
 
@@ -42,8 +46,15 @@ def test_what_is_written_is_read():
 
 WRONG = {
     "magic": ({"magic": "other"}, "expected an object with magic"),
-    "later": ({"schema": 2}, "expected schema 1, found 2; a later version"),
-    "schema of another type": ({"schema": True}, "expected schema 1"),
+    "later": ({"schema": 3}, "expected a schema up to 2, found 3; a later version"),
+    "earlier than the first": ({"schema": 0}, "expected a schema up to 2, found 0"),
+    "schema of another type": ({"schema": True}, "expected a schema up to 2"),
+    "fields of another schema": ({"schema": 1}, "expected the fields"),
+    "unknown kind": ({"kind": "all"}, "expected a kind"),
+    "version of a state": ({"states": {"ema": 0}}, "expected versions"),
+    "version that is no number": ({"states": {"ema": "1"}}, "expected versions"),
+    "parts without shards": ({"files": {"state.json": FILE, "part-00000.safetensors": FILE}}, "expected the files"),
+    "shards without parts": ({"files": {"state.json": FILE, "shards.json": FILE}}, "expected the files"),
     "unknown field": ({"more": 1}, "expected the fields"),
     "step is a float": ({"step": 4.0}, "'step' to be of type int"),
     "step is a bool": ({"step": True}, "'step' to be of type int"),
@@ -110,7 +121,7 @@ values = st.recursive(
 @given(st.data())
 def test_only_value_errors_escape(data):
     """Any value in any field, at any depth, is accepted or refused with a ValueError; nothing else escapes."""
-    content = {"magic": _manifest.MAGIC, "schema": 1, **copy.deepcopy(GOOD)}
+    content = {"magic": _manifest.MAGIC, "schema": _manifest.SCHEMA, **copy.deepcopy(GOOD)}
     field = data.draw(st.sampled_from(sorted(content)))
     inside = content[field]
     if isinstance(inside, dict) and inside and data.draw(st.booleans()):

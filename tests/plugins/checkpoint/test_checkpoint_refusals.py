@@ -130,7 +130,7 @@ def test_another_machine_is_told(tmp_path, caplog):
 @pytest.mark.parametrize("options", [{"keep": 0}, {"keep": 2.5}, {"every": "5 fortnights"}, {"on_change": "maybe"}])
 def test_bad_options_are_refused(options):
     """An option out of range is refused when the plugin is made."""
-    with pytest.raises(ValueError, match=r"keep|fortnights|on_change"):
+    with pytest.raises(ValueError, match=r"keep|whole|fortnights|on_change"):
         Checkpoint(**options)
 
 

@@ -1,0 +1,181 @@
+"""Reading checkpoints: every byte is verified against the manifest, and nothing in them is trusted."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import attrs
+from safetensors import SafetensorError
+
+from drivetrain import CheckpointError
+from drivetrain_plugins.checkpoint import _manifest
+from drivetrain_plugins.checkpoint._format import MODEL, STATE, decode, from_safetensors
+from drivetrain_plugins.checkpoint._shelf import step_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    import torch
+
+    from drivetrain_plugins.checkpoint._shelf import Shelf
+
+    Layout = Callable[[str, tuple[int, ...], torch.dtype], torch.Tensor | None]
+
+MAX_STATE_BYTES, MAX_STATE_DEPTH, MAX_STATE_ENTRIES = 2**28, 256, 10_000_000
+
+
+@attrs.frozen
+class Saved:
+    """A checkpoint whose every byte has been verified; of one that holds weights only, `tree` is the model alone."""
+
+    shelf: Shelf
+    name: str
+    manifest: dict[str, Any]
+    tree: Any
+
+    @property
+    def path(self) -> Path | str:
+        """Where it stands."""
+        return self.shelf.where(self.name)
+
+
+@contextlib.contextmanager
+def _reading(place: object, name: str) -> Iterator[None]:
+    """Turn whatever a damaged file causes into a CheckpointError with folder, file and reason."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise CheckpointError(f"{place}: {name} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{place}: {name} cannot be read: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{place}: {name} is no valid safetensors file: {error}") from error
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError, MemoryError, RecursionError) as error:
+        raise CheckpointError(f"{place}: {name}: {error}") from error
+
+
+def read_manifest(shelf: Shelf, name: str) -> dict[str, Any]:
+    """Return the manifest of a checkpoint, every field of which has been checked.
+
+    Raises:
+        CheckpointError: it is missing, damaged, of a later version, or of another step than the name says.
+    """
+    with _reading(shelf.where(name), _manifest.NAME):
+        content = _manifest.parse(shelf.read(name, _manifest.NAME, limit=_manifest.MAX_BYTES))
+        named = step_of(name)
+        if named is not None and named != content["step"]:
+            raise ValueError(f"expected step {named} as the folder is named, found step {content['step']}")
+        return content
+
+
+@attrs.frozen
+class _Reader:
+    shelf: Shelf
+    name: str
+    manifest: dict[str, Any]
+
+    def verified(self, file: str, limit: int = 2**63) -> bytearray:
+        """Return a file's bytes, which have the size and the digest that the manifest says."""
+        listed = self.manifest["files"][file]
+        raw = self.shelf.read(self.name, file, limit=limit, size=listed["size"])
+        found = hashlib.sha256(raw).hexdigest()
+        if found != listed["sha256"]:
+            raise ValueError(f"expected sha256 {listed['sha256']}, found {found}")
+        return raw
+
+    def json(self, file: str) -> Any:
+        raw = self.verified(file, MAX_STATE_BYTES)
+        return _manifest.parse_json(raw, max_depth=MAX_STATE_DEPTH, max_entries=MAX_STATE_ENTRIES)
+
+
+def check(shelf: Shelf, name: str) -> dict[str, Any]:
+    """Verify every byte of a checkpoint without keeping it, and return its manifest.
+
+    Raises:
+        CheckpointError: it is not complete and unchanged; folder, file and reason are named.
+    """
+    manifest = _listed(shelf, name)
+    reader, place = _Reader(shelf, name, manifest), shelf.where(name)
+    for file in manifest["files"]:
+        with _reading(place, file):
+            reader.verified(file)
+    return manifest
+
+
+def _listed(shelf: Shelf, name: str) -> dict[str, Any]:
+    manifest = read_manifest(shelf, name)
+    with _reading(shelf.where(name), "the folder"):
+        extra = set(shelf.files(name)) - {_manifest.NAME, *manifest["files"]}
+        if extra:
+            raise ValueError(f"holds files that the manifest does not list: {sorted(extra)[:8]}")
+    return manifest
+
+
+def read(shelf: Shelf, name: str, layout: Layout | None = None, *, every: bool = True, resume: bool = False) -> Saved:
+    """Return a checkpoint, after verifying its files against the manifest.
+
+    Args:
+        shelf: where it stands.
+        name: its name there.
+        layout: how a tensor (its reference, shape and dtype) is to lie over the ranks; whole ones if None.
+        every: verify those parts of a sharded one, too, of which this rank needs nothing.
+        resume: refuse one that holds weights only.
+
+    Raises:
+        CheckpointError: it is not complete and unchanged; folder, file and reason are named.
+    """
+    manifest = _listed(shelf, name)
+    reader, place = _Reader(shelf, name, manifest), shelf.where(name)
+    if resume and manifest["kind"] == _manifest.WEIGHTS:
+        do = "to begin a new run from these weights, add the plugin `warm-start` with this path"
+        raise CheckpointError(
+            f"{place} holds weights only, no optimizer, position or streams: it cannot be resumed; {do}"
+        )
+    tensors = _tensors(reader, place, layout, every=every)
+    with _reading(place, "state.json"):
+        tree = decode(reader.json("state.json"), tensors)
+        if tree["progress"] != manifest["position"]:
+            raise ValueError(f"expected the manifest's position, found {tree['progress']}")
+    return Saved(shelf, name, manifest, tree)
+
+
+def _tensors(reader: _Reader, place: object, layout: Layout | None, *, every: bool) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for part in (MODEL, STATE):
+        file = f"{part}.safetensors"
+        if file in reader.manifest["files"]:
+            with _reading(place, file):
+                loaded = from_safetensors(reader.verified(file))
+                tensors.update({f"{part}/{key}": tensor for key, tensor in loaded.items()})
+    return tensors
+
+
+def newest(shelf: Shelf, passed_over: Callable[[str], None]) -> Saved | None:
+    """Return the valid checkpoint of a run with the highest step, or None if there is none at all.
+
+    Args:
+        shelf: where a run's checkpoints stand.
+        passed_over: told of each one that is passed over, and why.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is valid.
+    """
+    with _reading(shelf.where(""), "the folder"):
+        names = shelf.names()
+    reasons = []
+    for name in sorted(names, key=lambda n: step_of(n) or 0, reverse=True):
+        try:
+            return read(shelf, name, resume=True)
+        except CheckpointError as error:
+            reasons.append(str(error))
+            passed_over(str(error))
+    if reasons:
+        raise CheckpointError(
+            f"none of the {len(reasons)} checkpoints in {shelf.where('')} is valid:\n"
+            + "\n".join(f"- {reason}" for reason in reasons)
+            + "\nTo start from scratch, choose another output folder or remove these"
+        )
+    return None
