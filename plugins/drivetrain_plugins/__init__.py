@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING
 from drivetrain.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from drivetrain_plugins.checkpoint.async_checkpoint import AsyncCheckpoint as AsyncCheckpoint
     from drivetrain_plugins.checkpoint.checkpoint import Checkpoint as Checkpoint
+    from drivetrain_plugins.checkpoint.preemption import Preemption as Preemption
+    from drivetrain_plugins.checkpoint.save_on_error import SaveOnError as SaveOnError
+    from drivetrain_plugins.checkpoint.warm_start import WarmStart as WarmStart
     from drivetrain_plugins.collate.causal_lm import CausalLM as CausalLM
     from drivetrain_plugins.collate.completion_only import CompletionOnly as CompletionOnly
     from drivetrain_plugins.collate.flatten import Flatten as Flatten
@@ -140,6 +144,7 @@ _HOME = {
     "Adamax": "optim.adamax",
     "AnyPrecisionAdamW": "optim.adamw_anyprecision",
     "Apollo": "optim.apollo",
+    "AsyncCheckpoint": "checkpoint.async_checkpoint",
     "BCE": "loss.bce",
     "BF16": "precision.bf16",
     "BadRows": "data.bad_rows",
@@ -210,6 +215,7 @@ _HOME = {
     "PermutationLM": "collate.permutation_lm",
     "Plateau": "schedule.plateau",
     "Polynomial": "schedule.polynomial",
+    "Preemption": "checkpoint.preemption",
     "PreferencePairs": "collate.preference_pairs",
     "Progress": "report.progress",
     "RAdam": "optim.radam",
@@ -221,6 +227,7 @@ _HOME = {
     "SGD": "optim.sgd",
     "SOAP": "optim.soap",
     "SWA": "optim.swa",
+    "SaveOnError": "checkpoint.save_on_error",
     "ScheduleFreeAdamW": "optim.schedule_free_adamw",
     "ScheduleFreeRAdam": "optim.schedule_free_radam",
     "ScheduleFreeSGD": "optim.schedule_free_sgd",
@@ -241,6 +248,7 @@ _HOME = {
     "TorchDataset": "data.torch_dataset",
     "UsedColumns": "data.columns",
     "Vision": "collate.vision",
+    "WarmStart": "checkpoint.warm_start",
     "WarmupStableDecay": "schedule.warmup_stable_decay",
     "WholeWordMask": "collate.whole_word_mask",
 }

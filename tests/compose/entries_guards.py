@@ -1,4 +1,4 @@
-"""What guards, noise, scaled losses and metric-driven or composed schedules mean for the hand-written loop."""
+"""What guards, noise, scaled losses, given weights and composed schedules mean for the hand-written loop."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import statistics
 
 import torch
+from safetensors.torch import load_file
 
 from drivetrain.rng import derive_seed
 
@@ -106,6 +107,17 @@ def group_schedules(plugin, folder):
     return {"schedule": lambda step: float(step) if step < 1 else (STEPS - step) / (STEPS - 1)}
 
 
+def warm_start(plugin, folder):
+    weights = load_file(plugin.path)
+
+    def prepare(model):
+        own = model.state_dict()
+        if own.keys() == weights.keys():  # the kit's own model; no other has these names
+            model.load_state_dict(weights)
+
+    return {"begins": [prepare]}
+
+
 ENTRIES = {
     "chain": chain,
     "group-schedules": group_schedules,
@@ -118,4 +130,5 @@ ENTRIES = {
     "nan-guard": nan_guard,
     "neftune": neftune,
     "spike-skip": spike_skip,
+    "warm-start": warm_start,
 }

@@ -308,6 +308,7 @@ for _file in sorted(Path(__file__).parent.glob("entries_*.py")):
 
 LIMITS = {"chunked-cross-entropy": 1e-6}  # how far weights may be from the loop's: it sums in another order
 LISTS = (
+    "begins",
     "prepares",
     "edits",
     "afters",
@@ -317,7 +318,7 @@ LISTS = (
 def arguments(composition, folder, run=None):
     """Return the arguments of `reference.train` that stand for a composition.
 
-    A plugin's entry may hold, besides arguments of `reference.train`: "collate", from (rows, generator) to a batch;
+    A plugin's entry may hold, besides arguments of `reference.train`: "begins", called before any "prepares"; "collate", from (rows, generator) to a batch;
     "tokenized", from the source's rows to those that are collated; "summed", from (model, batch, whether labels are
     shifted) to a sum of item losses; and whether the collator, the order or the rows of `run` are taken.
     """
@@ -329,6 +330,7 @@ def arguments(composition, folder, run=None):
             for key in LISTS:
                 found.setdefault(key, []).extend(entry.pop(key, ()))
             found.update(entry)
+    found["prepares"] = [*found.pop("begins", ()), *found.get("prepares", ())]  # weights are given to a bare model
     fetch = run.batches["train"].fetch if run is not None else None
     collate = found.pop("collate", None) or (lambda rows, draws: torch.utils.data.default_collate(rows))
     if found.pop("own_collator", False):

@@ -252,8 +252,17 @@ def _write_vit(folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(prepared), encoding="utf-8")
 
 
+def _write_weights(path: Path) -> None:
+    from safetensors.torch import save_file  # noqa: PLC0415 - written where it is named
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(9)
+        save_file(TinyModule().state_dict(), str(path))
+
+
 WRITERS: dict[str, Callable[[Path], None]] = {
     "model": _write_bert, "causal": _write_llama, "seq2seq": _write_t5, "xlnet": _write_xlnet, "vit": _write_vit,
+    "weights.safetensors": _write_weights,
 }  # fmt: skip
 ENDINGS = {"-dataset": _write_dataset, ".jsonl": _write_jsonl, ".parquet": _write_parquet, ".txt": _write_text}
 

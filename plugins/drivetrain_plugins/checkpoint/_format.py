@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -97,17 +98,18 @@ class _Encoder:
         return {"$dict": [[self.value(k, (*path, "key")), self.value(v, (*path, str(k)))] for k, v in value.items()]}
 
     def _tensor(self, tensor: torch.Tensor, path: tuple[str, ...]) -> str:
-        plain = tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_quantized
-        if not plain or tensor.dtype not in DTYPES or is_traceable_wrapper_subclass(tensor):
+        local = local_part(tensor)
+        plain = local.layout is torch.strided and not local.is_meta and not local.is_quantized
+        if not plain or tensor.dtype not in DTYPES or is_traceable_wrapper_subclass(local):
             raise CheckpointError(
                 f"the tensor {'/'.join(path)} cannot be saved. "
                 f"Received: {type(tensor).__name__} {tensor.dtype} {tensor.layout} on {tensor.device}"
             )
         in_model = path[: len(self.model_at)] == self.model_at
         name = ".".join(path[len(self.model_at) :] if in_model else path)
-        view = (tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.is_conj(), tensor.is_neg())
-        identity = (tensor.device, tensor.data_ptr(), *view)
-        if tensor.numel() and identity in self._places:
+        view = (tensor.dtype, tuple(tensor.shape), local.stride(), local.is_conj(), local.is_neg())
+        identity = (local.device, local.data_ptr(), *view)
+        if local.numel() and identity in self._places:
             reference, stored = self._places[identity]
             if in_model:
                 self.made.aliases[name] = stored
@@ -162,9 +164,15 @@ def _decode(value: Any, tensors: Mapping[str, torch.Tensor], used: set[str]) -> 
     raise ValueError(f"the state holds an unknown mark: {str(value)[:80]}")
 
 
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's shard of a DTensor, without importing that module: where nobody has, there is none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return tensor.to_local() if module is not None and isinstance(tensor, module.DTensor) else tensor
+
+
 def raw_bytes(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Return the bytes of a tensor's elements in order, without a copy where it is contiguous on the CPU."""
-    flat = tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous().reshape(-1)
+    flat = local_part(tensor).detach().to("cpu").resolve_conj().resolve_neg().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy()
 
 

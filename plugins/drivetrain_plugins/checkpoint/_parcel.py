@@ -34,6 +34,7 @@ class Parcel:
     about: dict[str, Any]
     tensors: dict[str, dict[str, torch.Tensor]]  # file -> key -> tensor
     texts: dict[str, bytes]  # file -> JSON
+    shared: bool = False  # every rank writes a part of the checkpoint
 
     @property
     def size(self) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from drivetrain import CheckpointError
 from drivetrain_plugins.checkpoint import _compare, _state
-from drivetrain_plugins.checkpoint._collect import MODEL_AT
+from drivetrain_plugins.checkpoint._collect import MODEL_AT, ties_of
 from drivetrain_plugins.checkpoint._format import MODEL, encode, first_difference, to_safetensors
 from drivetrain_plugins.checkpoint._random import restore_random_states
 
@@ -32,8 +32,7 @@ def restore(run: Run, saved: Saved, on_change: str, sample: str | None, *, verif
     Raises:
         CheckpointError: the checkpoint belongs to another run, or does not fit this one.
     """
-    ties = encode({"model": run.state_dict()["model"]}, MODEL_AT).aliases
-    changes = _compare.differences(saved.manifest, run, ties, sample)
+    changes = _compare.differences(saved.manifest, run, ties_of(run), sample)
     if changes and on_change != "accept":
         diff = f"{saved.path} belongs to a run that differs from this one:\n    " + "\n    ".join(changes)
         if on_change == "error":

@@ -143,22 +143,61 @@ def read(shelf: Shelf, name: str, layout: Layout | None = None, *, every: bool =
 
 
 def _tensors(reader: _Reader, place: object, layout: Layout | None, *, every: bool) -> dict[str, torch.Tensor]:
+    files = reader.manifest["files"]
+    if _manifest.INDEX in files:
+        return _sharded(reader, place, layout, every=every)
     tensors: dict[str, torch.Tensor] = {}
     for part in (MODEL, STATE):
         file = f"{part}.safetensors"
-        if file in reader.manifest["files"]:
-            with _reading(place, file):
-                loaded = from_safetensors(reader.verified(file))
-                tensors.update({f"{part}/{key}": tensor for key, tensor in loaded.items()})
+        with _reading(place, file):
+            loaded = from_safetensors(reader.verified(file))
+            for key, tensor in loaded.items():
+                reference = f"{part}/{key}"
+                like = layout(reference, tuple(tensor.shape), tensor.dtype) if layout is not None else None
+                tensors[reference] = tensor if like is None else _cut(tensor, like)
     return tensors
 
 
-def newest(shelf: Shelf, passed_over: Callable[[str], None]) -> Saved | None:
+def _sharded(reader: _Reader, place: object, layout: Layout | None, *, every: bool) -> dict[str, torch.Tensor]:
+    from drivetrain_plugins.checkpoint._shard_plan import check_index  # noqa: PLC0415 - loads torch's DCP
+    from drivetrain_plugins.checkpoint._shards import load_shards  # noqa: PLC0415
+
+    sizes = {file: about["size"] for file, about in reader.manifest["files"].items() if _manifest.PART.fullmatch(file)}
+    unread = set(sizes)
+
+    def read_part(file: str) -> dict[str, torch.Tensor]:
+        unread.discard(file)
+        with _reading(place, file):
+            return from_safetensors(reader.verified(file))
+
+    with _reading(place, _manifest.INDEX):
+        tensors = load_shards(check_index(reader.json(_manifest.INDEX), sizes), read_part, layout)
+    for file in sorted(unread) if every else ():
+        with _reading(place, file):
+            reader.verified(file)
+    return tensors
+
+
+def _cut(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return a whole tensor laid out over the ranks as `like` is; each rank has the whole, and takes its part."""
+    from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415 - loaded where there are DTensors
+
+    if like.shape != tensor.shape:
+        raise ValueError(f"expected a tensor of the shape {tuple(like.shape)}, found {tuple(tensor.shape)}")
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return distribute_tensor(tensor.to(mesh.device_type), mesh, placements, src_data_rank=None)
+
+
+def newest(
+    shelf: Shelf, passed_over: Callable[[str], None], layout: Layout | None = None, *, resume: bool = True
+) -> Saved | None:
     """Return the valid checkpoint of a run with the highest step, or None if there is none at all.
 
     Args:
         shelf: where a run's checkpoints stand.
         passed_over: told of each one that is passed over, and why.
+        layout: see `read`.
+        resume: pass over those that hold weights only.
 
     Raises:
         CheckpointError: there are checkpoints, but none is valid.
@@ -168,7 +207,7 @@ def newest(shelf: Shelf, passed_over: Callable[[str], None]) -> Saved | None:
     reasons = []
     for name in sorted(names, key=lambda n: step_of(n) or 0, reverse=True):
         try:
-            return read(shelf, name, resume=True)
+            return read(shelf, name, layout, resume=resume)
         except CheckpointError as error:
             reasons.append(str(error))
             passed_over(str(error))

@@ -11,10 +11,11 @@ import attrs
 from drivetrain import CheckpointError, ConfigError, Run, Step, hookimpl, option, plugin
 from drivetrain.state import SAVE, STOP
 from drivetrain_plugins.checkpoint import _manifest, _place, _saved, _state
-from drivetrain_plugins.checkpoint._collect import collect
+from drivetrain_plugins.checkpoint._collect import collect, layout_of
 from drivetrain_plugins.checkpoint._lock import RunLock
 from drivetrain_plugins.checkpoint._moments import Moments
 from drivetrain_plugins.checkpoint._parcel import Parcel, write
+from drivetrain_plugins.checkpoint._parts import write_shared
 from drivetrain_plugins.checkpoint._ranks import share_text, together
 from drivetrain_plugins.checkpoint._restore import restore
 from drivetrain_plugins.checkpoint._retention import Kept, Retention
@@ -57,6 +58,9 @@ class Checkpoint:
     milestones: Moments | None = option(None, converter=_moment, help="how often to save one that is kept for ever")
     at_end: bool = option(True, help="save when the run ends or is stopped, too")
     what: str = option("run", choices=["run", "weights"], help="all that resuming needs, or the model alone")
+    form: str = option(
+        "auto", choices=["auto", "full", "sharded"], help="one file, or a part of each rank; auto: as the weights are"
+    )
     store: str | None = option(None, help='where checkpoints go, such as "s3://bucket/run"; OUTPUT/checkpoints if None')
     deadline_s: float = option(600.0, gt=0, help="seconds after which a save into a store is given up")
     on_failure: str = option("raise", choices=["raise", "continue"], help="what a save that fails does to the run")
@@ -242,12 +246,15 @@ class Checkpoint:
             "metrics": self._measured[1] if self._measured[0] == step else {},
             "milestone": self._milestone == step,
         }
-        return collect(run, name, notes, self._built, lambda: self._rows_sample(run))
+        return collect(run, name, notes, self._built, lambda: self._rows_sample(run), self.form)
 
     def _deliver(self, run: Run, kept: Kept, parcel: Parcel) -> None:
         """Write now, and tell `saved`."""
         retention = self._retention(run, kept)
-        together(run, lambda: write(kept, parcel, retention, self._protected(kept)) if run.rank == 0 else None)
+        if parcel.shared:
+            write_shared(run, kept, parcel, retention, self._protected(kept))
+        else:
+            together(run, lambda: write(kept, parcel, retention, self._protected(kept)) if run.rank == 0 else None)
         self._done(run, kept, parcel.name)
 
     def _done(self, run: Run, kept: Kept, name: str) -> None:
@@ -274,12 +281,13 @@ class Checkpoint:
         if run.settings.output is None and self.store is None:
             raise CheckpointError("resuming needs the run's folder (output), or the path of a checkpoint")
         passed_over = "checkpoint: passed over: %s"
-        return _saved.newest(self._shelf(run).shelf, lambda reason: log.warning(passed_over, reason))
+        return _saved.newest(self._shelf(run).shelf, lambda reason: log.warning(passed_over, reason), layout_of(run))
 
     def _read(self, run: Run, path: Path | str | None, name: str) -> _saved.Saved:
-        if path is None:
-            return _saved.read(self._shelf(run).shelf, name, resume=True)
-        return _saved.read(*_place.checkpoint_at(path, self._store, self.deadline_s), resume=True)
+        place = (self._shelf(run).shelf, name)
+        if path is not None:
+            place = _place.checkpoint_at(path, self._store, self.deadline_s)
+        return _saved.read(*place, layout_of(run), every=run.rank == 0, resume=True)
 
 
 def _checkpoints(run: Run) -> Path:
