@@ -125,8 +125,7 @@ class Trainer:
     def _resume(self, run: Run, resume: bool | str | Path) -> None:
         if run.plan.hooks["load"].owner is None:
             raise ConfigError("no plugin of this run can resume: add `checkpoint`, or fit without `resume`")
-        named = None if isinstance(resume, bool) or resume == "auto" else resume
-        path = named if "://" in str(named) else named and Path(named)  # a URL is no path
+        path = None if isinstance(resume, bool) or resume == "auto" else resume
         found = run.hooks.load(run, path)
         if found is not None:
             run.hooks.loaded(run, found)

@@ -253,11 +253,16 @@ def _write_vit(folder: Path) -> None:
 
 
 def _write_weights(path: Path) -> None:
-    from safetensors.torch import save_file  # noqa: PLC0415 - written where it is named
-
+    """Write other weights for `TinyModule` as a safetensors file."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(9)
-        save_file(TinyModule().state_dict(), str(path))
+        weights = TinyModule().state_dict()
+    header, content = {}, b""
+    for name, tensor in weights.items():
+        start, content = len(content), content + tensor.numpy().tobytes()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, len(content)]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content)
 
 
 WRITERS: dict[str, Callable[[Path], None]] = {

@@ -87,8 +87,9 @@ def _plan(run: Run, encoded: Encoded) -> ShardPlan:
 
 def ties_of(run: Run) -> dict[str, str]:
     """Return the model's tied weights: each name but the first of a tensor, with the first."""
+    state = run.state_dict()  # first: FSDP2 shards again what a forward has left whole
     if not any_shards(list(run.model.parameters())):
-        return encode({"model": run.state_dict()["model"]}, MODEL_AT).aliases
+        return encode({"model": state["model"]}, MODEL_AT).aliases
     first: dict[int, str] = {}  # of a shard, a rank may hold nothing that could tell
     named = list(run.model.named_parameters(remove_duplicate=False))
     return {name: first[id(p)] for name, p in named if first.setdefault(id(p), name) != name}

@@ -10,9 +10,12 @@ import numpy as np
 import torch
 
 import drivetrain
+from drivetrain_plugins.checkpoint import _manifest
 from drivetrain_plugins.checkpoint._format import encode
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from drivetrain import Run
 
 log = logging.getLogger("drivetrain")
@@ -60,28 +63,86 @@ def differences(manifest: dict[str, Any], run: Run, ties: dict[str, str], sample
     such as how many processes make its batches. Those in `per_rank_options` may change with the number of ranks.
     """
     then, now = _changing(manifest["plugins"]), _changing(plugin_list(run))
-    lines = [f"- {name} {_brief(then[name])}" for name in then if name not in now]
-    lines += [f"+ {name} {_brief(now[name])}" for name in now if name not in then]
-    for name in (n for n in then if n in now):
-        old, new = _flat(then[name]), _flat(now[name])
-        pairs = ((key, old.get(key, "absent"), new.get(key, "absent")) for key in sorted(old.keys() | new.keys()))
-        free = getattr(run.plugins[name], "free_options", ())
-        lines += [
-            f"~ {name}: {key} was {a!r}, is {b!r}"
-            for key, a, b in pairs
-            if a != b and key not in free and not _same_over_ranks(run, name, key, (a, b), manifest["world_size"])
-        ]
-    order = [[n for n in names if n in then and n in now] for names in (then, now)]
-    if order[0] != order[1]:
-        lines.append(f"~ order: was {', '.join(order[0])}; is {', '.join(order[1])}")
+
+    def allowed(name: str, key: str, values: tuple[Any, Any]) -> bool:
+        free = key in getattr(run.plugins[name], "free_options", ())
+        return free or _same_over_ranks(run, name, key, values, manifest["world_size"])
+
+    lines = _plugin_changes(then, now, allowed)
     old, new = manifest["settings"], settings(run, sample)
     lines += [
         f"~ run: {k} was {old.get(k)!r}, is {new[k]!r}" for k in ("seed", "rows_per_epoch") if old.get(k) != new[k]
     ]
     if old.get("rows_sample") not in (None, new["rows_sample"]) and old.get("rows_per_epoch") == new["rows_per_epoch"]:
         lines.append("~ data: the training rows are as many as before, but not the same")
-    for name in sorted(manifest["aliases"].keys() | ties.keys()):
-        was, is_now = (f"tied to {t[name]}" if name in t else "not tied" for t in (manifest["aliases"], ties))
+    return lines + _tie_changes(manifest["aliases"], ties)
+
+
+def between(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return a line for each difference between two manifests: of all plugins, and of everything else they tell.
+
+    Raises:
+        ValueError: one of them does not describe its plugins as a save does.
+    """
+    for manifest in (then, now):
+        check_plugins(manifest["plugins"])
+    lines = _value_changes("checkpoint", _form(then), _form(now))
+    for part in ("position", "metrics"):
+        lines += _value_changes(part, then[part], now[part])
+    lines += _plugin_changes(then["plugins"], now["plugins"], lambda *_: False)
+    for part in ("states", "settings", "environment"):
+        lines += _value_changes(part, then[part], now[part])
+    return lines + _tie_changes(then["aliases"], now["aliases"])
+
+
+def check_plugins(plugins: dict[str, Any]) -> None:
+    """Refuse a manifest's list of plugins that is not as `plugin_list` makes it.
+
+    Raises:
+        ValueError: the plugin and what was found are named.
+    """
+    keys = {"role", "class", "distribution", "version", "effect", "options"}
+    for name, about in plugins.items():
+        if not isinstance(about, dict) or about.keys() != keys or not isinstance(about["options"], dict):
+            raise ValueError(f"expected {sorted(keys)} of the plugin {name[:80]!r}, found {str(about)[:80]!r}")
+
+
+def form_of(manifest: dict[str, Any]) -> str:
+    """Return "full", or "sharded" with the number of parts."""
+    parts = sum(_manifest.PART.fullmatch(file) is not None for file in manifest["files"])
+    return f"sharded ({parts} part{'s'[: parts != 1]})" if parts else "full"
+
+
+def _form(manifest: dict[str, Any]) -> dict[str, Any]:
+    told = {key: manifest[key] for key in ("schema", "step", "kind", "milestone", "world_size")}
+    return {**told, "form": form_of(manifest)}
+
+
+def _plugin_changes(
+    then: dict[str, Any], now: dict[str, Any], allowed: Callable[[str, str, tuple[Any, Any]], bool]
+) -> list[str]:
+    """Return a line for each plugin that came or went, each option that may not differ, and the order."""
+    lines = [f"- {name} {_brief(then[name])}" for name in then if name not in now]
+    lines += [f"+ {name} {_brief(now[name])}" for name in now if name not in then]
+    for name in (n for n in then if n in now):
+        lines += _value_changes(name, _flat(then[name]), _flat(now[name]), lambda key, *v, n=name: allowed(n, key, v))
+    order = [[n for n in names if n in then and n in now] for names in (then, now)]
+    if order[0] != order[1]:
+        lines.append(f"~ order: was {', '.join(order[0])}; is {', '.join(order[1])}")
+    return lines
+
+
+def _value_changes(
+    what: str, old: dict[str, Any], new: dict[str, Any], allowed: Callable[..., bool] = lambda *_: False
+) -> list[str]:
+    pairs = ((key, old.get(key, "absent"), new.get(key, "absent")) for key in sorted(old.keys() | new.keys()))
+    return [f"~ {what}: {key} was {a!r}, is {b!r}" for key, a, b in pairs if a != b and not allowed(key, a, b)]
+
+
+def _tie_changes(old: dict[str, str], new: dict[str, str]) -> list[str]:
+    lines = []
+    for name in sorted(old.keys() | new.keys()):
+        was, is_now = (f"tied to {t[name]}" if name in t else "not tied" for t in (old, new))
         if was != is_now:
             lines.append(f"~ model: {name} was {was}, is {is_now}")
     return lines

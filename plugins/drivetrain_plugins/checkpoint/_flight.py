@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import logging
@@ -27,6 +28,7 @@ _IGNORED = (
     "SIGUSR1",
     "SIGUSR2",
 )  # they are meant for the run, which waits for its child
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _LONGEST = 30_000  # bytes of a report: less than a pipe holds, so that the child never waits for its reader
 
 
@@ -74,15 +76,25 @@ class ForkFlight:
     """
 
     def __init__(self, work: Callable[[], None]) -> None:
-        """Start it."""
+        """Start it.
+
+        Raises:
+            CheckpointError: the system gives no process.
+        """
         self._report, end = os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: see above
-            self._child = os.fork()
+        parent = os.getpid()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: see above
+                self._child = os.fork()
+        except OSError as error:
+            os.close(self._report)
+            os.close(end)
+            raise CheckpointError(f"no process could be forked to write the checkpoint: {error.strerror}") from error
         if self._child == 0:
-            _child(work, end)
+            _child(work, end, parent)
         os.close(end)
 
     def poll(self, *, wait: bool) -> Outcome | None:
@@ -111,9 +123,18 @@ class _Collector(logging.Handler):
         self.messages.append((record.levelno, record.getMessage()[:2000]))
 
 
-def _child(work: Callable[[], None], report: int) -> NoReturn:
+def _die_with(parent: int) -> None:
+    """Let this process end when its parent does: the run's next start must find nobody who still writes or removes."""
+    if _LIBC is not None:
+        _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _child(work: Callable[[], None], report: int, parent: int) -> NoReturn:
     code = 1
     try:
+        _die_with(parent)
         gc.disable()  # nothing of the parent's is to be finalized here, and no page copied for a count
         for name in _IGNORED:
             signal.signal(getattr(signal, name), signal.SIG_IGN)

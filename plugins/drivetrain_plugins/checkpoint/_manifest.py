@@ -119,6 +119,7 @@ def parse(raw: bytes | bytearray) -> dict[str, Any]:
     if content["kind"] not in (RUN, WEIGHTS):
         raise ValueError(f"expected a kind {RUN!r} or {WEIGHTS!r}, found {content['kind']!r}")
     _check_versions(content["states"])
+    _check_metrics(content["metrics"])
     _check_counters(content)
     _check_files(content["files"])
     return content
@@ -132,6 +133,20 @@ def _check_counters(content: dict[str, Any]) -> None:
         raise ValueError(f"expected counters that are not negative, found {wrong or content['world_size']}")
     if position.get("step") != step or position.get("applied", 0) > step:
         raise ValueError(f"expected a position at step {step}, found {position}")
+    epoch, within, rows = (
+        content["settings"].get("rows_per_epoch"),
+        counters.get("rows_in_epoch", 0),
+        counters.get("rows"),
+    )
+    if (rows is not None and within > rows) or (type(epoch) is int and within >= max(epoch, 1)):
+        raise ValueError(f"expected a position in an epoch of {epoch} rows, found {position}")
+
+
+def _check_metrics(metrics: dict[str, Any]) -> None:
+    odd = {k: v for k, v in metrics.items() if type(v) not in (int, float)}
+    wrong = {k: v for k, v in odd.items() if v not in [{"$float": text} for text in ("nan", "inf", "-inf")]}
+    if wrong:
+        raise ValueError(f"expected metrics that are numbers, found {str(wrong)[:80]}")
 
 
 def _check_versions(states: dict[str, Any]) -> None:

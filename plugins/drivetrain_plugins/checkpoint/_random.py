@@ -46,10 +46,12 @@ def _of_this_rank(device: torch.device) -> dict[str, Any]:
 
 
 def _restore(state: dict[str, Any], device: torch.device) -> None:
-    name, keys, *rest = state["numpy"]
+    name, keys, position, *rest = state["numpy"]
+    if type(position) is not int or not 0 <= position <= len(keys):  # numpy would read past the end
+        raise ValueError(f"expected a position in numpy's state, found {str(position)[:40]}")
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002 - the global one
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, *rest))  # noqa: NPY002 - the global one
     torch.set_rng_state(_tensor(state["torch"]))
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(_tensor(state["cuda"]), device)

@@ -56,9 +56,12 @@ class Retention:
         return sorted(measured, key=lambda e: (sign * e.metrics[self.metric], e.step))[: self.best]
 
     def is_best(self, value: float, step: int, entries: Iterable[Entry]) -> bool:
-        """Tell whether a checkpoint of this step with this value of the metric would be kept for it."""
+        """Tell whether a checkpoint of this step with this value of the metric would be kept for it.
+
+        Later ones are of a course that the run has left, and will be replaced.
+        """
         now = Entry("", step, {self.metric: value}, milestone=False)
-        return now in self.best_of([*(e for e in entries if e.step != step), now])
+        return now in self.best_of([*(e for e in entries if e.step < step), now])
 
     def victims(self, entries: Iterable[Entry], last: int, protected: Iterable[str] = ()) -> list[str]:
         """Return which checkpoints may go, oldest first, once the one of step `last` is complete.

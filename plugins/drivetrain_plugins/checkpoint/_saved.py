@@ -43,7 +43,7 @@ class Saved:
 
 
 @contextlib.contextmanager
-def _reading(place: object, name: str) -> Iterator[None]:
+def reading(place: object, name: str) -> Iterator[None]:
     """Turn whatever a damaged file causes into a CheckpointError with folder, file and reason."""
     try:
         yield
@@ -63,7 +63,7 @@ def read_manifest(shelf: Shelf, name: str) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing, damaged, of a later version, or of another step than the name says.
     """
-    with _reading(shelf.where(name), _manifest.NAME):
+    with reading(shelf.where(name), _manifest.NAME):
         content = _manifest.parse(shelf.read(name, _manifest.NAME, limit=_manifest.MAX_BYTES))
         named = step_of(name)
         if named is not None and named != content["step"]:
@@ -72,7 +72,7 @@ def read_manifest(shelf: Shelf, name: str) -> dict[str, Any]:
 
 
 @attrs.frozen
-class _Reader:
+class Reader:
     shelf: Shelf
     name: str
     manifest: dict[str, Any]
@@ -97,17 +97,17 @@ def check(shelf: Shelf, name: str) -> dict[str, Any]:
     Raises:
         CheckpointError: it is not complete and unchanged; folder, file and reason are named.
     """
-    manifest = _listed(shelf, name)
-    reader, place = _Reader(shelf, name, manifest), shelf.where(name)
+    manifest = listed(shelf, name)
+    reader, place = Reader(shelf, name, manifest), shelf.where(name)
     for file in manifest["files"]:
-        with _reading(place, file):
+        with reading(place, file):
             reader.verified(file)
     return manifest
 
 
-def _listed(shelf: Shelf, name: str) -> dict[str, Any]:
+def listed(shelf: Shelf, name: str) -> dict[str, Any]:
     manifest = read_manifest(shelf, name)
-    with _reading(shelf.where(name), "the folder"):
+    with reading(shelf.where(name), "the folder"):
         extra = set(shelf.files(name)) - {_manifest.NAME, *manifest["files"]}
         if extra:
             raise ValueError(f"holds files that the manifest does not list: {sorted(extra)[:8]}")
@@ -127,38 +127,40 @@ def read(shelf: Shelf, name: str, layout: Layout | None = None, *, every: bool =
     Raises:
         CheckpointError: it is not complete and unchanged; folder, file and reason are named.
     """
-    manifest = _listed(shelf, name)
-    reader, place = _Reader(shelf, name, manifest), shelf.where(name)
+    manifest = listed(shelf, name)
+    reader, place = Reader(shelf, name, manifest), shelf.where(name)
     if resume and manifest["kind"] == _manifest.WEIGHTS:
         do = "to begin a new run from these weights, add the plugin `warm-start` with this path"
         raise CheckpointError(
             f"{place} holds weights only, no optimizer, position or streams: it cannot be resumed; {do}"
         )
     tensors = _tensors(reader, place, layout, every=every)
-    with _reading(place, "state.json"):
+    with reading(place, "state.json"):
         tree = decode(reader.json("state.json"), tensors)
         if tree["progress"] != manifest["position"]:
             raise ValueError(f"expected the manifest's position, found {tree['progress']}")
     return Saved(shelf, name, manifest, tree)
 
 
-def _tensors(reader: _Reader, place: object, layout: Layout | None, *, every: bool) -> dict[str, torch.Tensor]:
+def _tensors(reader: Reader, place: object, layout: Layout | None, *, every: bool) -> dict[str, torch.Tensor]:
     files = reader.manifest["files"]
     if _manifest.INDEX in files:
         return _sharded(reader, place, layout, every=every)
+    if layout is not None:
+        from drivetrain_plugins.checkpoint._shards import lay_out  # noqa: PLC0415 - loads torch's DCP
     tensors: dict[str, torch.Tensor] = {}
     for part in (MODEL, STATE):
         file = f"{part}.safetensors"
-        with _reading(place, file):
+        with reading(place, file):
             loaded = from_safetensors(reader.verified(file))
             for key, tensor in loaded.items():
                 reference = f"{part}/{key}"
                 like = layout(reference, tuple(tensor.shape), tensor.dtype) if layout is not None else None
-                tensors[reference] = tensor if like is None else _cut(tensor, like)
+                tensors[reference] = tensor if like is None else lay_out(reference, tensor, like)
     return tensors
 
 
-def _sharded(reader: _Reader, place: object, layout: Layout | None, *, every: bool) -> dict[str, torch.Tensor]:
+def _sharded(reader: Reader, place: object, layout: Layout | None, *, every: bool) -> dict[str, torch.Tensor]:
     from drivetrain_plugins.checkpoint._shard_plan import check_index  # noqa: PLC0415 - loads torch's DCP
     from drivetrain_plugins.checkpoint._shards import load_shards  # noqa: PLC0415
 
@@ -167,25 +169,15 @@ def _sharded(reader: _Reader, place: object, layout: Layout | None, *, every: bo
 
     def read_part(file: str) -> dict[str, torch.Tensor]:
         unread.discard(file)
-        with _reading(place, file):
+        with reading(place, file):
             return from_safetensors(reader.verified(file))
 
-    with _reading(place, _manifest.INDEX):
+    with reading(place, _manifest.INDEX):
         tensors = load_shards(check_index(reader.json(_manifest.INDEX), sizes), read_part, layout)
     for file in sorted(unread) if every else ():
-        with _reading(place, file):
+        with reading(place, file):
             reader.verified(file)
     return tensors
-
-
-def _cut(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return a whole tensor laid out over the ranks as `like` is; each rank has the whole, and takes its part."""
-    from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415 - loaded where there are DTensors
-
-    if like.shape != tensor.shape:
-        raise ValueError(f"expected a tensor of the shape {tuple(like.shape)}, found {tuple(tensor.shape)}")
-    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
-    return distribute_tensor(tensor.to(mesh.device_type), mesh, placements, src_data_rank=None)
 
 
 def newest(
@@ -202,7 +194,7 @@ def newest(
     Raises:
         CheckpointError: there are checkpoints, but none is valid.
     """
-    with _reading(shelf.where(""), "the folder"):
+    with reading(shelf.where(""), "the folder"):
         names = shelf.names()
     reasons = []
     for name in sorted(names, key=lambda n: step_of(n) or 0, reverse=True):

@@ -6,7 +6,11 @@ import copy
 import logging
 from typing import TYPE_CHECKING, Any
 
+import attrs
+import torch
+
 from drivetrain import CheckpointError
+from drivetrain.state import Progress
 
 if TYPE_CHECKING:
     from drivetrain import Run
@@ -20,6 +24,22 @@ def built_settings(run: Run) -> list[dict[str, Any]]:
     """Return the settings of each group of the optimizer as the plugins built it, before anything was loaded."""
     groups = run.optimizer.param_groups
     return [{k: copy.copy(v) for k, v in g.items() if k not in _OURS and isinstance(v, _PLAIN)} for g in groups]
+
+
+def check(tree: dict[str, Any], manifest: dict[str, Any]) -> None:
+    """Refuse a state in which a part is missing that nothing else would miss.
+
+    Raises:
+        ValueError: counters, generators or groups are not as a save writes them.
+    """
+    if missing := [f.name for f in attrs.fields(Progress) if f.default == 0 and f.name not in tree["progress"]]:
+        raise ValueError(f"expected all counters, found none for {missing}")
+    random, ranks = tree["random"], manifest["world_size"]
+    if isinstance(random, list) and len(random) != ranks:  # schema 1: those of rank 0
+        raise ValueError(f"expected the generators' states of {ranks} ranks, found {len(random)}")
+    groups = tree.get("groups")
+    if groups is not None and not (type(groups) is list and all(type(g) is dict for g in groups)):
+        raise ValueError(f"expected the settings of the optimizer's groups, found {str(groups)[:80]}")
 
 
 def migrate(states: dict[str, Any], versions: dict[str, int], run: Run) -> dict[str, Any]:
@@ -57,6 +77,45 @@ def tell_fresh(states: dict[str, Any], run: Run) -> None:
         log.warning("checkpoint: without a saved state, starting fresh: %s", ", ".join(fresh))
     if left := [n for n in states if n not in run.plugins and states[n]]:
         log.warning("checkpoint: left out, as this run does not have the plugins: the state of %s", ", ".join(left))
+
+
+def fit_moments(run: Run, saved: dict[str, Any]) -> None:
+    """Lay the optimizer's tensors out as it makes them, and refuse those it would read past the end.
+
+    A file holds elements in the order of their indices, and fused kernels go through memory: they would pair a
+    channels-last parameter with other elements of its moments, and check no sizes.
+
+    Args:
+        run: with the state loaded.
+        saved: the optimizer's state as it was saved.
+
+    Raises:
+        ValueError: there is a state of a parameter that is not there, or of another size.
+    """
+    groups, state = run.optimizer.param_groups, run.optimizer.state
+    number = sum(len(group["params"]) for group in groups)
+    if strange := [key for key in saved["state"] if not 0 <= int(key) < number]:
+        raise ValueError(f"expected the state of {number} parameters of the optimizer, found one of {strange[:4]}")
+    for group in groups:
+        for parameter in group["params"]:
+            entry = state.get(parameter, {})
+            for key, value in entry.items():
+                if not isinstance(value, torch.Tensor):
+                    continue
+                if value.shape == parameter.shape:
+                    entry[key] = _laid_out_as(parameter, value)
+                elif group.get("fused") and not (key == "step" and value.numel() == 1):
+                    raise ValueError(
+                        f"expected {key!r} of the optimizer's state to have its parameter's shape "
+                        f"{tuple(parameter.shape)}, found {tuple(value.shape)}"
+                    )
+
+
+def _laid_out_as(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    if parameter.is_contiguous() and value.is_contiguous():
+        return value
+    like = torch.empty_like(parameter, dtype=value.dtype, device=value.device)
+    return value if like.stride() == value.stride() else like.copy_(value)
 
 
 def keep_new_settings(run: Run, then: list[dict[str, Any]] | None, now: list[dict[str, Any]]) -> None:

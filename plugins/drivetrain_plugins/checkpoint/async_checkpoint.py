@@ -15,7 +15,7 @@ from drivetrain_plugins.checkpoint._flight import Flight, ForkFlight, ThreadFlig
 from drivetrain_plugins.checkpoint._local import LocalShelf
 from drivetrain_plugins.checkpoint._parcel import Parcel, write
 from drivetrain_plugins.checkpoint._parts import SharedDraft
-from drivetrain_plugins.checkpoint._ranks import gather_texts, share_text
+from drivetrain_plugins.checkpoint._ranks import gather_texts, share_text, together
 from drivetrain_plugins.checkpoint.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class _Under:
     kept: Kept
     parcel: Parcel
     flight: Flight | None
+    last: bool  # of the run: not to be gone without
     draft: SharedDraft | None = None  # where every rank writes a part
 
 
@@ -76,21 +77,21 @@ class AsyncCheckpoint(Checkpoint):
     def _deliver(self, run: Run, kept: Kept, parcel: Parcel) -> None:
         """Start to write."""
         self._land(run, wait=True)
-        flight: Flight | None = None
+        last = self._is_last(run)
         if parcel.shared:
             parcel = self._snapshot(parcel)
             draft = SharedDraft.begin(run, kept, parcel)
-            self._under = _Under(kept, parcel, ThreadFlight(draft.write), draft)
+            self._under = _Under(kept, parcel, ThreadFlight(draft.write), last, draft)
             return
-        if run.rank == 0:
-            retention, protected = self._retention(run, kept), self._protected(kept)
-            if self._forks(run, kept, parcel):
-                contents = {file: list(chunks) for file, chunks in parcel.contents().items()}  # views, made by torch
-                flight = ForkFlight(partial(write, kept, parcel, retention, protected, contents))
-            else:
-                parcel = self._snapshot(parcel)
-                flight = ThreadFlight(partial(write, kept, parcel, retention, protected))
-        self._under = _Under(kept, parcel, flight)
+        flight = together(run, lambda: self._start(run, kept, parcel) if run.rank == 0 else None)
+        self._under = _Under(kept, parcel, flight, last)
+
+    def _start(self, run: Run, kept: Kept, parcel: Parcel) -> Flight:
+        retention, protected = self._retention(run, kept), self._protected(kept)
+        if self._forks(run, kept, parcel):
+            contents = {file: list(chunks) for file, chunks in parcel.contents().items()}  # views, made by torch
+            return ForkFlight(partial(write, kept, parcel, retention, protected, contents))
+        return ThreadFlight(partial(write, kept, self._snapshot(parcel), retention, protected))
 
     def _forks(self, run: Run, kept: Kept, parcel: Parcel) -> bool:
         if self.how == "thread" or _no_fork(run.device, kept):
@@ -133,7 +134,7 @@ class AsyncCheckpoint(Checkpoint):
         except CheckpointError as error:
             if under.draft is not None:
                 under.draft.discard()
-            self._bear(run, error)
+            self._bear(error, last=under.last)
             return
         if run.rank == 0:
             under.kept.add(under.parcel.entry())

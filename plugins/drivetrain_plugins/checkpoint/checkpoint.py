@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from drivetrain_plugins.checkpoint._moments import Moments
 from drivetrain_plugins.checkpoint._parcel import Parcel, write
 from drivetrain_plugins.checkpoint._parts import write_shared
 from drivetrain_plugins.checkpoint._ranks import share_text, together
-from drivetrain_plugins.checkpoint._restore import restore
+from drivetrain_plugins.checkpoint._restore import restore, verify
 from drivetrain_plugins.checkpoint._retention import Kept, Retention
 from drivetrain_plugins.checkpoint._sample import sample_of
 from drivetrain_plugins.checkpoint._store import LocalStore
@@ -172,7 +173,7 @@ class Checkpoint:
             parcel = together(run, lambda: self._collect(run, name))
             self._deliver(run, kept, parcel)
         except CheckpointError as error:
-            self._bear(run, error)
+            self._bear(error, last=self._is_last(run))
 
     @hookimpl
     def load(self, run: Run, path: Path | str | None) -> Path | str | None:
@@ -186,7 +187,12 @@ class Checkpoint:
         if not chosen:
             return None
         saved: _saved.Saved = together(run, lambda: found or self._read(run, path, chosen))
-        together(run, lambda: restore(run, saved, self.on_change, self._rows_sample(run), verify=self.verify_resume))
+        changes = together(run, lambda: restore(run, saved, self.on_change, self._rows_sample(run)))
+        if self.verify_resume:
+            form = "sharded" if _manifest.INDEX in saved.manifest["files"] else "full"
+            notes = {name: saved.manifest[name] for name in ("kind", "metrics", "milestone")}
+            now = together(run, lambda: collect(run, saved.name, notes, self._built, lambda: None, form))
+            together(run, lambda: verify(saved, now, changes))
         _state.keep_new_settings(run, saved.tree.get("groups"), self._built)
         self._source = saved.path
         return saved.path
@@ -208,8 +214,12 @@ class Checkpoint:
         return Retention(self.keep, self.best, self.metric, self.mode == "max") if kept is self._shelf(run) else ALL
 
     def _protected(self, kept: Kept) -> set[str]:
-        names = kept.shelf.names() if self._source is not None else []
-        return {name for name in names if kept.shelf.where(name) == self._source}
+        """Return the name of what the run went on from, if it stands on this shelf, whatever way its path goes."""
+        source, name = self._source, str(self._source).rpartition("/")[2]
+        where = kept.shelf.where(name)
+        if isinstance(where, Path) and isinstance(source, Path):
+            where, source = Path(os.path.realpath(where)), Path(os.path.realpath(source))
+        return {name} if where == source else set()
 
     def _prepare(self, run: Run) -> None:
         kept = self._shelf(run)
@@ -261,11 +271,15 @@ class Checkpoint:
         self._failures = 0
         run.hooks.saved(run, kept.shelf.where(name))
 
-    def _bear(self, run: Run, error: CheckpointError) -> None:
+    def _is_last(self, run: Run) -> bool:
+        """Tell whether the save of this step is the run's last."""
+        return run.finished or self._stopping
+
+    def _bear(self, error: CheckpointError, *, last: bool) -> None:
         """End the run for a save that failed, or go on without it; the last save of a run is never gone without."""
         self._failures += 1
-        last = run.finished or self._stopping or self._failures >= self.failures
-        if self.on_failure == "raise" or last or (self._lock is not None and self._lock.lost):
+        enough = last or self._failures >= self.failures
+        if self.on_failure == "raise" or enough or (self._lock is not None and self._lock.lost):
             raise error
         log.warning("checkpoint: failure %d of %d in a row: %s", self._failures, self.failures, error)
 

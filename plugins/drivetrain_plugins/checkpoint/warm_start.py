@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("drivetrain")
 
 
-@plugin(role="model", example={"path": "{kit}/weights.safetensors", "strict": False})
+@plugin(role="checkpoint", example={"path": "{kit}/weights.safetensors", "strict": False})
 class WarmStart:
     """Begin with the weights of a checkpoint, and with nothing else of it: a new run, from step 0.
 

@@ -102,6 +102,35 @@ class Rival:
             self.process.join()
 
 
+def in_fork(function):
+    """Return what `function` returns in a forked process."""
+
+    def child():
+        there.send(function())
+        os._exit(0)
+
+    here, there = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=child, daemon=True)
+    process.start()
+    there.close()
+    try:
+        assert here.poll(20), "no answer"
+        return here.recv()
+    finally:
+        process.kill()
+        process.join()
+        here.close()
+
+
+def attempt(folder):
+    """Try to take a folder; return None, or the text of the error."""
+    try:
+        RunLock(folder).acquire()
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
 @contextlib.contextmanager
 def rivals(folder):
     """Give a function that starts another process; all are gone afterwards."""

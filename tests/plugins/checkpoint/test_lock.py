@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from lock_rivals import (
-    FORK,
+    attempt,
     content,
+    in_fork,
     names,
     output,
     python,
@@ -135,24 +136,14 @@ def test_another_users_process_lives(tmp_path, lock):
     lock.acquire()
     tmp_path.chmod(0o777)
 
-    def nobody(connection):
-        os.chdir(tmp_path)
+    def nobody():
+        os.chdir(tmp_path)  # the folders above are not theirs
         os.setgroups([])
         os.setgid(65534)
         os.setuid(65534)
-        try:
-            RunLock(".").acquire()
-        except CheckpointError as error:
-            connection.send(str(error))
-        os._exit(0)
+        return attempt(".")
 
-    here, there = FORK.Pipe(duplex=False)
-    process = FORK.Process(target=nobody, args=(there,))
-    process.start()
-    assert "it runs" in here.recv()
-    process.join()
-    here.close()
-    there.close()
+    assert "it runs" in in_fork(nobody)
 
 
 def test_a_forked_child_is_no_owner(tmp_path, lock):
@@ -160,22 +151,12 @@ def test_a_forked_child_is_no_owner(tmp_path, lock):
     lock.acquire()
     os.utime(tmp_path / NAME, (1, 1))
 
-    def child(connection):
+    def child():
         lock.beat()
         lock.release()
-        try:
-            RunLock(tmp_path).acquire()
-        except CheckpointError as error:
-            connection.send((str(error), threading.active_count()))
-        os._exit(0)
+        return attempt(tmp_path), threading.active_count()
 
-    here, there = FORK.Pipe(duplex=False)
-    process = FORK.Process(target=child, args=(there,))
-    process.start()
-    text, threads = here.recv()
-    process.join()
-    here.close()
-    there.close()
+    text, threads = in_fork(child)
     assert "it runs" in text
     assert threads == 1
     assert content(tmp_path)["pid"] == os.getpid()
@@ -267,4 +248,4 @@ def test_a_heartbeat_that_fails_is_told_once_and_goes_on(tmp_path, monkeypatch, 
         assert beats.acquire(timeout=10)
     assert not lock.lost
     lock.release()
-    assert [r.getMessage() for r in caplog.records if "no sign of life" in r.getMessage()].__len__() == 1
+    assert caplog.text.count("no sign of life could be given") == 1

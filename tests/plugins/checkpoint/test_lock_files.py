@@ -71,11 +71,13 @@ def test_the_same_number_in_another_container(tmp_path, lock):
     needs("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
     code = "RunLock(sys.argv[1]).acquire(); print(os.getpid(), flush=True); sys.stdin.read()"
     owner = python(code, tmp_path, "unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
-    assert owner.stdout.readline() == "1\n"
-    with pytest.raises(CheckpointError, match=r"process 1 on .* from here it is taken for dead after 60 s"):
-        lock.acquire()
-    owner.kill()
-    owner.communicate()
+    try:
+        assert owner.stdout.readline() == "1\n"
+        with pytest.raises(CheckpointError, match=r"process 1 on .* from here it is taken for dead after 60 s"):
+            lock.acquire()
+    finally:
+        owner.kill()
+        owner.communicate()
     with pytest.raises(CheckpointError, match="from here it is taken for dead"):
         lock.acquire()
     os.utime(tmp_path / NAME, (0, 0))
@@ -246,24 +248,35 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, lock):
     else:
         tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
         around, told = (), "Permission denied"
-    assert told in output(python(code, tmp_path, *around))
+    out, err = python(code, tmp_path, *around).communicate(timeout=30)
     tmp_path.chmod(0o755)
+    assert told in out
+    assert err == ""
+
+
+FULL = """
+    try:
+        RunLock(sys.argv[1]).acquire()
+    except CheckpointError as error:
+        print(os.listdir(sys.argv[1]), error)
+"""
 
 
 def test_a_full_disk_leaves_nothing(tmp_path):
-    """Without space for the lock file, the start fails with the reason and nothing half written is left."""
+    """Without space for the lock file the start fails with the reason, and nothing half written is left."""
     mount = 'mount -t tmpfs -o size=4k none "$0" && exec "$@"'
-    needs("unshare", "--mount", "sh", "-c", mount, str(tmp_path))
-    code = """
-        open(sys.argv[1] + "/full", "wb").write(bytes(4096))
-        try:
-            RunLock(sys.argv[1]).acquire()
-        except CheckpointError as error:
-            print(os.listdir(sys.argv[1]), error)
-    """
-    told = output(python(code, tmp_path, "unshare", "--mount", "sh", "-c", mount, str(tmp_path)))
-    assert told.startswith("['full'] ")
-    assert "No space left on device" in told
+    around = ("unshare", "--mount", "sh", "-c", mount, str(tmp_path))
+    needs(*around)
+    fill = 'open(sys.argv[1] + "/full", "wb").write(bytes(4096))\n'
+    told = output(python(fill + textwrap.dedent(FULL), tmp_path, *around))
+    assert told.startswith("['full'] the run's folder cannot be taken: No space left on device")
+
+
+def test_a_file_that_can_only_be_written_in_part(tmp_path):
+    """The same where the limit is the process's own."""
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+    told = output(python(limit + textwrap.dedent(FULL), tmp_path))
+    assert told.startswith("[] the run's folder cannot be taken: ")
 
 
 def test_a_file_system_without_links(tmp_path, lock, rival, monkeypatch):

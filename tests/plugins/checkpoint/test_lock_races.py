@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import signal
 
@@ -17,9 +16,11 @@ from lock_rivals import (
     leave_stale,
     names,
     rivals,
+    write,
 )
 
 from drivetrain import CheckpointError
+from drivetrain_plugins.checkpoint import _lock
 from drivetrain_plugins.checkpoint._lock import NAME, RunLock
 
 
@@ -116,6 +117,38 @@ def test_interleavings_of_three(tmp_path, rival):
         (tmp_path / NAME).unlink(missing_ok=True)
 
 
+def test_interleavings_around_a_second_death(tmp_path, rival):
+    """While one is stopped, another takes the stale lock over and dies; a third begins to follow that: one has it."""
+    for first, second in itertools.product(range(5, 13), range(7, 15)):
+        leave_stale(tmp_path, "dead")
+        slow, victim, slower = rival(), rival(), rival()
+        slow.begin("acquire", first)
+        victim.do("acquire")
+        victim.kill()
+        slower.begin("acquire", second)
+        won = [one.pid for one in (slow, slower) if one.end() is None]
+        assert won == [content(tmp_path)["pid"]], (first, second)
+        slow.kill()
+        slower.kill()
+        (tmp_path / NAME).unlink()
+
+
+def test_a_start_that_slept_does_not_take_its_sleep_for_the_owners(tmp_path, rival):
+    """A process that is suspended for minutes while it starts asks the file system's clock anew."""
+    for at in itertools.count(1):
+        write(tmp_path, host="elsewhere")
+        slow = rival()
+        stopped = slow.begin("acquire", at)
+        for path in tmp_path.iterdir():
+            if path.name != NAME:
+                os.utime(path, (1, 1))
+        assert "from here it is taken for dead" in slow.end()
+        assert names(tmp_path) == [NAME]
+        slow.kill()
+        if not stopped:
+            break
+
+
 def test_a_release_races_with_a_start(tmp_path, rival):
     """An owner is stopped before each call of its release while another starts: that one is refused or has the folder."""
     outcomes = set()
@@ -141,30 +174,45 @@ def test_a_release_races_with_a_start(tmp_path, rival):
     assert outcomes == {True, False}
 
 
-def test_an_owner_that_was_taken_for_dead_does_not_remove_its_successor(tmp_path, rival):
-    """Stopped before any call of its release, an owner elsewhere loses the folder; going on it leaves the new lock."""
+def test_an_owner_that_was_taken_for_dead_does_not_remove_its_successor(tmp_path, rival, monkeypatch, caplog):
+    """Stopped before a call of its release, an owner elsewhere may lose the folder; then it leaves the new lock alone."""
+    outcomes = set()
     for at in itertools.count(1):
         owner, other = rival(), RunLock(tmp_path)
         owner.do("acquire")
+        os.utime(tmp_path / NAME, (0, 0))
         stopped = owner.begin("release", at)
-        if stopped and (tmp_path / NAME).exists():
-            mine = {**content(tmp_path), "host": "elsewhere"}  # as this machine sees it: nobody it could ask
+        with monkeypatch.context() as patch:
+            patch.setattr(_lock.socket, "gethostname", lambda: "here")  # so that this machine cannot ask
             with contextlib.suppress(CheckpointError):
-                saved = (tmp_path / NAME).read_bytes()
-                (tmp_path / NAME).write_text(json.dumps(mine))
-                os.utime(tmp_path / NAME, (0, 0))
                 other.acquire()
-                assert saved != (tmp_path / NAME).read_bytes()
-                assert owner.end() is None
-                other.beat()
-                assert not other.lost
-                assert content(tmp_path)["pid"] == os.getpid()
+        taken = other._owner is not None
+        owner.end()
+        assert names(tmp_path) == ([NAME] if taken else [])
+        other.beat()
+        assert not other.lost
+        outcomes.add((taken, stopped))
         other.release()
         owner.kill()
-        for path in tmp_path.iterdir():
-            path.unlink()
         if not stopped:
-            assert at > 5
+            break
+    assert {(True, True), (False, True)} <= outcomes
+    assert "written again" not in caplog.text
+
+
+def test_a_start_that_is_refused_hinders_no_release(tmp_path, rival):
+    """Stopped before any call of a start that is refused, a process does not keep the owner from giving up."""
+    for at in itertools.count(1):
+        owner, other = RunLock(tmp_path), rival()
+        owner.acquire()
+        stopped = other.begin("acquire", at)
+        owner.release()
+        took = other.end() is None
+        assert names(tmp_path) == ([NAME] if took else [])
+        if took:
+            other.do("release")
+        other.kill()
+        if not stopped:
             break
 
 
