@@ -46,6 +46,7 @@ class Job:
     inside_write: int | None = None  # SIGKILL when half of this store call, a write, is done
     kill_after: float | None = None  # seconds, from the parent
     slow: float = 0.0  # seconds added to each store call
+    store: str | None = None  # the URL of a store, instead of the run's folder
 
 
 class Tiny(torch.nn.Module):
@@ -105,7 +106,7 @@ class Recorder:
 
     @hookimpl
     def loaded(self, run, path):
-        self._source = path.name
+        self._source = str(path).rpartition("/")[2]
 
     @hookimpl
     def step_end(self, step):
@@ -219,7 +220,7 @@ def build(job: Job, store: LocalStore) -> tuple[Trainer, Any]:
         sizes = {"vocab_size": 12, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 16}
         config = BertConfig(num_hidden_layers=2, num_attention_heads=2, num_labels=3, **sizes)
         model, rows = BertForSequenceClassification(config), ForBert()
-    checkpoint = Checkpoint(every=job.every, keep=job.keep)
+    checkpoint = Checkpoint(every=job.every, keep=job.keep, store=job.store)
     checkpoint._store = store
     plugins = [AdamW(lr=3e-3), Linear(warmup=0.2), Clip(norm=0.5), Accumulate(batches=2)]
     plugins += [Loader(batch_size=8, workers=job.workers), Recorder(), checkpoint]
@@ -231,7 +232,8 @@ def build(job: Job, store: LocalStore) -> tuple[Trainer, Any]:
 def perform(job: Job) -> dict[str, Any]:
     """Make the run of a job; return its digests, and the store's calls."""
     store = FaultyStore(killer(job))
-    seed = int.from_bytes(os.urandom(4), "little") if list(Path(job.folder).glob("checkpoints/step-*")) else 3
+    shelf = shelf_of(job.store or Path(job.folder) / "checkpoints")
+    seed = int.from_bytes(os.urandom(4), "little") if shelf.names() else 3
     random.seed(seed)  # a resumed run must take these from the checkpoint
     np.random.seed(seed)  # noqa: NPY002
     trainer, rows = build(job, store)

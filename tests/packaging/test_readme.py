@@ -126,19 +126,26 @@ def test_own_rows(folder: Path):
     assert "evaluate/accuracy" in printed
 
 
-def test_other_toml_is_an_entry_point():
-    """The entry point of the README is in the catalogue's group and names the README's class."""
+def test_other_toml_is_an_entry_point_or_plugins(tmp_path):
+    """Entry points name the README's class, and plugins fit into the example's recipe as they stand."""
     others = [tomllib.loads(block) for block in of("toml") if block != recipe_of(TEXT)]
-    assert others == [
+    parts = [part for part in others if "plugins" in part]
+    assert [part for part in others if part not in parts] == [
         {"project": {"entry-points": {"drivetrain.plugins.v1": {"gradient-jitter": "gradient_jitter:GradientJitter"}}}}
     ]
+    assert parts
+    for part in parts:
+        recipe = Recipe.load(TOPICS / "recipe.toml", without=["checkpoint"]).as_dict()
+        recipe["plugins"].update(part["plugins"])
+        (tmp_path / "recipe.json").write_text(json.dumps(recipe), encoding="utf-8")
+        assert Recipe.load(tmp_path / "recipe.json").plan().problems == []
 
 
 def test_continuous_integration_runs_the_commands():
     """Every command in a `bash` block stands in `.ci/run` as it is."""
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     commands = [part.strip() for block in of("bash") for line in block.splitlines() for part in line.split("&&")]
-    assert len(commands) == 10
+    assert len(commands) == 11
     for command in commands:
         assert re.search(rf"^\s*{re.escape(command)}( .*)?$", script, flags=re.MULTILINE), command
     assert "pip install -c constraints.txt -e '.[examples]' && drivetrain run examples/topics/recipe.toml" in TEXT
@@ -152,7 +159,7 @@ def test_other_commands_exist():
     for line in lines:
         program, name, *arguments = shlex.split(line)
         assert program == "drivetrain"
-        command = main.commands[name]
+        command = main.get_command(click.Context(main), name)  # those of plugins, too
         with click.Context(command) as context:
             command.parse_args(context, arguments)
 

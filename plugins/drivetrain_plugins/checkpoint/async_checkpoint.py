@@ -38,7 +38,7 @@ class _Under:
     draft: SharedDraft | None = None  # where every rank writes a part
 
 
-@plugin(role="checkpoint", effect="observes", example={"every": "2 steps"})
+@plugin(role="checkpoint", effect="observes", provides=["checkpoint"], example={"every": "2 steps"})
 class AsyncCheckpoint(Checkpoint):
     """Save as `checkpoint` does, while the training goes on; what is written is the state at the call, bit for bit.
 
