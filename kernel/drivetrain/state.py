@@ -301,8 +301,7 @@ class Run:
             entry.update({k: _uncast(entry[k], v) for k, v in optimizer["state"].get(str(number), {}).items()})
         self.progress = Progress(**state["progress"])
         self.interval_steps = state["interval"]["steps"]
-        loss = state["interval"].get("loss")
-        self.interval_loss = None if loss is None else loss.to(self.device)
+        self.interval_loss = loss if (loss := state["interval"].get("loss")) is None else loss.to(self.device)
         self.skipped_steps = state["counters"]["skipped_steps"]
         for name, value in state["plugins"].items():
             if name in self.plugins:

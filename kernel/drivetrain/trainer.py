@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -21,7 +22,7 @@ from drivetrain.state import Run, Settings
 from drivetrain.streams import Iterated
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 
 @attrs.frozen
@@ -125,8 +126,7 @@ class Trainer:
     def _resume(self, run: Run, resume: bool | str | Path) -> None:
         if run.plan.hooks["load"].owner is None:
             raise ConfigError("no plugin of this run can resume: add `checkpoint`, or fit without `resume`")
-        path = None if isinstance(resume, bool) or resume == "auto" else resume
-        found = run.hooks.load(run, path)
+        found = run.hooks.load(run, None if isinstance(resume, bool) or resume == "auto" else resume)
         if found is not None:
             run.hooks.loaded(run, found)
         elif resume != "auto":
@@ -138,8 +138,7 @@ class Trainer:
         if "epochs" in settings or "steps" in settings:
             changed.update({k: settings.get(k) for k in ("epochs", "steps")})
         self.settings = self._settings(changed) if changed else self.settings
-        datasets = {"train": train, **_named_sets(evaluate)}
-        datasets = {k: _as_dataset(v) for k, v in datasets.items() if v is not None}
+        datasets = {k: _as_dataset(v) for k, v in _named_sets(train, evaluate).items() if v is not None}
         plan, manager = compose(
             self.plugins, self.settings, self.catalogue, has_model=self.model is not None, given=list(datasets)
         )
@@ -163,7 +162,8 @@ class Trainer:
             _annotate(error, run)
             raise
         if output is not None and run.rank == 0:
-            (output / "plan.json").write_text(json.dumps(plan.as_dict(), indent=2) + "\n")
+            with _told(output):
+                (output / "plan.json").write_text(json.dumps(plan.as_dict(), indent=2) + "\n")
         return run
 
 
@@ -189,10 +189,10 @@ def _annotate(error: BaseException, run: Run) -> None:
         error.add_note(note)
 
 
-def _named_sets(evaluate: Any) -> dict[str, Any]:
+def _named_sets(train: Any, evaluate: Any) -> dict[str, Any]:
     if isinstance(evaluate, dict) and not any(isinstance(v, torch.Tensor) for v in evaluate.values()):
-        return {f"evaluate/{name}": rows for name, rows in evaluate.items()}
-    return {"evaluate": evaluate}
+        return {"train": train, **{f"evaluate/{name}": rows for name, rows in evaluate.items()}}
+    return {"train": train, "evaluate": evaluate}
 
 
 def _as_dataset(data: Any) -> Any:
@@ -202,8 +202,10 @@ def _as_dataset(data: Any) -> Any:
     if hasattr(data, "open") or (mapped and not isinstance(data, torch.utils.data.IterableDataset)):
         return data
     if not hasattr(data, "__iter__") or iter(data) is data:
-        what = "data must be map-style (have __len__ and __getitem__), or an iterable that can be started again"
-        raise ConfigError(f"{what}. Received: {type(data).__name__}")
+        raise ConfigError(
+            "data must be map-style (have __len__ and __getitem__), or an iterable that can be started again. "
+            f"Received: {type(data).__name__}"
+        )
     return Iterated(data)
 
 
@@ -212,19 +214,26 @@ def _device(name: str) -> torch.device:
         try:
             return torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:  # an unknown name, or none of its kind here
-            reason = str(error).partition("\n")[0]
-            raise ConfigError(f"the device {name!r} cannot be used: {reason}. Take 'auto', or one there is") from error
+            raise ConfigError(
+                f"the device {name!r} cannot be used: {str(error).splitlines()[0]}. Take 'auto', or one there is"
+            ) from error
     found = torch.accelerator.current_accelerator(check_available=True)
     return found if found is not None else torch.device("cpu")
 
 
-def _make_folder(output: Path) -> None:
-    if inside := next((p for p in (output, *output.parents) if (p / "manifest.json").is_file()), None):
-        raise ConfigError(f"the run's folder {output} lies inside the checkpoint {inside}. Choose another")
+@contextlib.contextmanager
+def _told(output: Path) -> Iterator[None]:
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
         raise ConfigError(f"the run's folder {output} cannot be made: {error.strerror}. Choose another") from error
+
+
+def _make_folder(output: Path) -> None:
+    with _told(output):
+        if inside := next((p for p in (output, *output.parents) if (p / "manifest.json").is_file()), None):
+            raise ConfigError(f"the run's folder {output} lies inside the checkpoint {inside}. Choose another")
+        output.mkdir(parents=True, exist_ok=True)
 
 
 def _build(run: Run) -> None:

@@ -21,13 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 log = logging.getLogger("drivetrain")
-_IGNORED = (
-    "SIGINT",
-    "SIGTERM",
-    "SIGHUP",
-    "SIGUSR1",
-    "SIGUSR2",
-)  # they are meant for the run, which waits for its child
+# They are meant for the run, which waits for its child.
+_IGNORED = [getattr(signal, f"SIG{name}") for name in ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2")]
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _LONGEST = 30_000  # bytes of a report: less than a pipe holds, so that the child never waits for its reader
 
@@ -85,6 +80,7 @@ class ForkFlight:
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)  # none may reach the child before it ignores them
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: see above
@@ -93,6 +89,9 @@ class ForkFlight:
             os.close(self._report)
             os.close(end)
             raise CheckpointError(f"no process could be forked to write the checkpoint: {error.strerror}") from error
+        finally:
+            if os.getpid() == parent:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if self._child == 0:
             _child(work, end, parent)
         os.close(end)
@@ -136,8 +135,9 @@ def _child(work: Callable[[], None], report: int, parent: int) -> NoReturn:
     try:
         _die_with(parent)
         gc.disable()  # nothing of the parent's is to be finalized here, and no page copied for a count
-        for name in _IGNORED:
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+        for number in _IGNORED:
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)
         collector = _Collector()
         log.handlers, log.propagate = [collector], False
         error = None

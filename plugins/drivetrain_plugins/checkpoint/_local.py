@@ -54,7 +54,7 @@ class LocalShelf:
         moved = self.parent / _scratch("trash", 0)
         try:
             store.make_folder(probe.folder)
-            probe.write("probe", [b"probe"])
+            probe.write("state.safetensors", [b"probe"])  # a name as long as any
             store.rename(probe.folder, moved)
         except OSError:
             probe.discard()
@@ -63,7 +63,15 @@ class LocalShelf:
         for name in store.listdir(self.parent):
             if _LEFT_OVER.fullmatch(name):
                 self._discard(self.parent / name)
-        store.sync_folder(self.parent.parent)
+        self._sync_above()
+
+    def _sync_above(self) -> None:
+        """Put the names of the run's folder and of those around it on the disk: they may be new, too."""
+        for folder in self.parent.parents[:3]:
+            try:
+                self.store.sync_folder(folder)
+            except PermissionError:  # not ours to read, so not new
+                return
 
     def names(self) -> list[str]:
         """Return the names of folders that are named for steps."""
@@ -94,9 +102,12 @@ class LocalShelf:
         self.store.rename(self.parent / name, trash)
         self._discard(trash)
 
-    def free_bytes(self) -> int:
-        """Return what the file system has left."""
-        return self.store.free_bytes(self.parent)
+    def free_bytes(self) -> int | None:
+        """Return what the file system has left; None for a folder that is not there yet."""
+        try:
+            return self.store.free_bytes(self.parent)
+        except FileNotFoundError:
+            return None
 
     def is_ours(self, name: str) -> bool:
         """Tell whether the folder holds a manifest that this plugin wrote."""
@@ -150,26 +161,34 @@ class LocalDraft:
         return {"size": size, "sha256": digest.hexdigest()}
 
     def commit(self, manifest: bytes) -> None:
-        """Rename; what has the target's name is moved away first: a save after going on from an older one."""
+        """Rename, or exchange with what has the target's name: a save after going on from an older one."""
         self.write(_manifest.NAME, [manifest])
         shelf, store, target = self.shelf, self.shelf.store, self.shelf.parent / self.name
         store.sync_folder(self.folder)
+        if store.exists(target) and not shelf.is_ours(self.name):  # damaged, or not ours: keep it, out of the way
+            aside = target.with_name(f"{self.name}.replaced-{secrets.token_hex(4)}")
+            log.warning("checkpoint: %s exists and is no valid checkpoint; it is now %s", target, aside.name)
+            store.rename(target, aside)
         old = None
-        if store.exists(target):
-            old = shelf.parent / _scratch("trash", step_of(self.name) or 0)
-            if not shelf.is_ours(self.name):  # damaged, or not ours: keep it, out of the way
-                old = target.with_name(f"{self.name}.replaced-{secrets.token_hex(4)}")
-                log.warning("checkpoint: %s exists and is no valid checkpoint; it is now %s", target, old.name)
-            store.rename(target, old)
+        if not store.exists(target):
+            store.rename(self.folder, target)
+        else:
+            old = self.folder if store.exchange(self.folder, target) else self._replace(target)
+        store.sync_folder(shelf.parent)
+        if old is not None:
+            shelf._discard(old)  # noqa: SLF001 - of the same file
+
+    def _replace(self, target: Path) -> Path:
+        """Move the old one away, then rename; return where it is. For a moment there is neither."""
+        shelf, store = self.shelf, self.shelf.store
+        old = shelf.parent / _scratch("trash", step_of(self.name) or 0)
+        store.rename(target, old)
         try:
             store.rename(self.folder, target)
         except OSError:
-            if old is not None:
-                store.rename(old, target)
+            store.rename(old, target)
             raise
-        store.sync_folder(shelf.parent)
-        if old is not None and _LEFT_OVER.fullmatch(old.name):
-            shelf._discard(old)  # noqa: SLF001 - of the same file
+        return old
 
     def discard(self) -> None:
         """Remove what was written."""

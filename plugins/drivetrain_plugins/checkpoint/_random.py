@@ -14,6 +14,8 @@ from drivetrain_plugins.checkpoint._ranks import gather_texts
 if TYPE_CHECKING:
     from drivetrain import Run
 
+WORDS = 624  # of a Mersenne Twister
+
 
 def random_states(run: Run) -> list[dict[str, Any]]:
     """Return the state of every rank's global generators, by rank; all ranks must call it."""
@@ -47,8 +49,8 @@ def _of_this_rank(device: torch.device) -> dict[str, Any]:
 
 def _restore(state: dict[str, Any], device: torch.device) -> None:
     name, keys, position, *rest = state["numpy"]
-    if type(position) is not int or not 0 <= position <= len(keys):  # numpy would read past the end
-        raise ValueError(f"expected a position in numpy's state, found {str(position)[:40]}")
+    if len(keys) != WORDS or type(position) is not int or not 0 <= position <= WORDS:  # numpy would read past the end
+        raise ValueError(f"expected a position in numpy's {WORDS} words, found {str(position)[:40]} in {len(keys)}")
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, *rest))  # noqa: NPY002 - the global one

@@ -53,6 +53,8 @@ def restore(run: Run, saved: Saved, on_change: str, sample: str | None) -> list[
         state = {part: value for part, value in saved.tree.items() if part not in ("random", "groups")}
         _state.tell_fresh(state["plugins"], run)
         state["plugins"] = _state.migrate(state["plugins"], saved.manifest["states"], run)
+        if changes:
+            state["optimizer"] = _state.regroup(run, state["optimizer"], saved.tree.get("groups"))
         run.load_state_dict(state)
         _state.fit_moments(run, state["optimizer"])
         now = run.state_dict()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-STEP_NAME = re.compile(r"step-(\d{8,15})")
+STEP_NAME = re.compile(r"step-([0-9]{8,15})")
 
 
 def step_of(name: str) -> int | None:

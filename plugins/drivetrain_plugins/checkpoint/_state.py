@@ -79,6 +79,37 @@ def tell_fresh(states: dict[str, Any], run: Run) -> None:
         log.warning("checkpoint: left out, as this run does not have the plugins: the state of %s", ", ".join(left))
 
 
+def regroup(run: Run, saved: dict[str, Any], built: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """Return the optimizer's saved state with its parameters in the groups that this run puts them in.
+
+    A weight decay where there was none makes two groups of one. The settings are then those of this run; what the
+    optimizer itself has changed in a group since it was built stays.
+
+    Args:
+        run: before anything is loaded.
+        saved: the optimizer's state as it was saved.
+        built: the settings of the saved groups as the plugins had built them.
+    """
+    then, now = saved["param_groups"], run.optimizer.state_dict()["param_groups"]
+    names = [[group.get("param_names") for group in groups] for groups in (then, now)]
+    flat = [sorted(name for own in groups for name in own or ()) for groups in names]
+    if names[0] == names[1] or flat[0] != flat[1] or not flat[0] or built is None:
+        return saved
+    number = {name: n for group in then for name, n in zip(group["param_names"], group["params"], strict=True)}
+    home = {name: index for index, own in enumerate(names[0]) for name in own}
+    groups, state = [], {}
+    for group in now:
+        index = home[group["param_names"][0]]
+        moved = {k: v for k, v in then[index].items() if k not in _OURS and k in built[index] and built[index][k] != v}
+        own = {k: v for k, v in then[index].items() if k not in _OURS and k not in group}
+        groups.append({**group, **own, **{k: v for k, v in moved.items() if k not in ("lr", "initial_lr")}})
+        for name, n in zip(group["param_names"], group["params"], strict=True):
+            if (entry := saved["state"].get(str(number[name]))) is not None:
+                state[str(n)] = entry
+    log.warning("checkpoint: the optimizer has other groups than before; it takes their settings of this run")
+    return {"state": state, "param_groups": groups}
+
+
 def fit_moments(run: Run, saved: dict[str, Any]) -> None:
     """Lay the optimizer's tensors out as it makes them, and refuse those it would read past the end.
 

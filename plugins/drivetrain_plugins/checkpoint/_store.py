@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import stat
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 CHUNK = 2**20  # bytes in one write or read
 
 
@@ -53,6 +57,17 @@ class LocalStore:
     def rename(self, source: Path, target: Path) -> None:
         """Give `source` the free name `target` in one step."""
         source.rename(target)
+
+    def exchange(self, one: Path, other: Path) -> bool:
+        """Give each of two folders the other's name in one step; return False where the file system cannot."""
+        if _LIBC is None or not hasattr(_LIBC, "renameat2"):
+            return False
+        if _LIBC.renameat2(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0:
+            return True
+        number = ctypes.get_errno()
+        if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            return False
+        raise OSError(number, os.strerror(number), str(one))
 
     def exists(self, path: Path) -> bool:
         """Tell whether anything, a broken link included, has this name."""

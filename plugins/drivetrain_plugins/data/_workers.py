@@ -12,12 +12,14 @@ import contextlib
 import gc
 import itertools
 import multiprocessing
+import multiprocessing.util
 import os
 import select
 import signal
 import struct
 import time
 import traceback
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -39,6 +41,8 @@ LEAVE = RECORD.pack(-1, 0, 0)
 LOOK_S = 0.2  # how often to look after a process that is waited for, in case its end was not signalled
 GRACE_S = 2.0  # for workers to leave by themselves
 SHOWN = 32  # row numbers in a message
+# A terminal, a scheduler or torchrun sends these to every process of a group; what they mean is the loop's to decide.
+OF_A_GROUP = [getattr(signal, f"SIG{name}") for name in ("TERM", "HUP", "QUIT", "USR1", "USR2")]
 
 
 @attrs.frozen
@@ -76,8 +80,10 @@ class Job:
 
 def work(job: Job) -> None:
     """Answer requests until told to leave, or until the process that asks is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the loop's process decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler of the loop's process is not ours
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in OF_A_GROUP:  # not SIG_IGN, which programs that a dataset starts would inherit
+        signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, *OF_A_GROUP})
     gc.freeze()  # what a fork inherited is not this process's to finalise
     torch.set_num_threads(1)
     parent, ready = os.getppid(), select.poll()
@@ -154,6 +160,8 @@ class Crew:
         self._split, self._how, self._owner = fetch.split, how, os.getpid()
         self._workers: list[_Worker] = []
         self.busy = False
+        # Before multiprocessing sends its daemons SIGTERM at exit, which these do not obey, and waits for them.
+        multiprocessing.util.Finalize(self, _close_open, (weakref.ref(self),), exitpriority=10)
         try:
             for number in range(how.workers):
                 self._start(number, fetch, streams[number] if streams else None)
@@ -176,7 +184,8 @@ class Crew:
         name = f"drivetrain loader, {self._split} {number}"
         process = context.Process(target=work, args=(job,), name=name, daemon=True)
         try:
-            process.start()
+            with _held(context.get_start_method()):
+                process.start()
         except BaseException:
             _close(tasks, results, *mailboxes)
             raise
@@ -301,6 +310,22 @@ class Crew:
 
     def _who(self, worker: _Worker) -> str:
         return f"worker {worker.number} (pid {worker.process.pid}) of the {self._split} data"
+
+
+@contextlib.contextmanager
+def _held(start_method: str) -> Iterator[None]:
+    """Hold signals back from a process while it is started; one of a fork server inherits nothing from this one."""
+    numbers = () if start_method == "forkserver" else (signal.SIGINT, *OF_A_GROUP)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _close_open(crew: weakref.ref[Crew]) -> None:
+    if (still := crew()) is not None:
+        still.close()
 
 
 def _close(*ends: Connection | Mailbox) -> None:
