@@ -145,15 +145,23 @@ def test_returning_instead_of_ending(signalled, left_alone, tmp_path, inside):
     ends_exactly(signalled, tmp_path / "run", left_alone, **job)
 
 
-@pytest.mark.parametrize("how", ["thread", "fork"])
-@pytest.mark.parametrize("point", ["backward", "end"])
-def test_asked_while_saves_go_on_beside(signalled, left_alone, tmp_path, how, point):
+@pytest.mark.parametrize(
+    ("how", "point", "last"),
+    [
+        ("thread", "backward", 4),
+        ("fork", "backward", 4),
+        ("fork", "fork", 4),
+        ("thread", "end", 10),
+        ("fork", "end", 10),
+    ],
+)
+def test_asked_while_saves_go_on_beside(signalled, left_alone, tmp_path, how, point, last):  # noqa: PLR0917 - fixtures
     """The process ends when the last save has: in any place of the list, whether a thread or a child writes it."""
     for inside in (False, True):
         folder = tmp_path / str(inside)
         answer = signalled(folder, point=point, how=how, inside=inside, group=True, slow=0.02)
         assert answer["status"] == 143, answer["errors"]
-        assert whole(folder)[-1] == BOUNDARY[point]
+        assert whole(folder)[-1] == last
         ends_exactly(signalled, folder, left_alone, how=how)
 
 

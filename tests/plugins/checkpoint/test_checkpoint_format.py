@@ -14,8 +14,8 @@ from safetensors.torch import load as load_safetensors
 
 from drivetrain import CheckpointError
 from drivetrain_plugins.checkpoint import _format
-from drivetrain_plugins.checkpoint._saved import MAX_STATE_DEPTH, MAX_STATE_ENTRIES
 from drivetrain_plugins.checkpoint._manifest import dump_json, parse_json
+from drivetrain_plugins.checkpoint._saved import MAX_STATE_DEPTH, MAX_STATE_ENTRIES
 
 
 def through_files(tree, model_at=()):
