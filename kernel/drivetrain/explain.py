@@ -62,13 +62,16 @@ def _acts(acting: Acting) -> bool:
 def plugin_frames(error: BaseException, run: Run) -> list[str]:
     """Say in which plugin and hook `error` was raised, from its traceback; costs nothing until something fails."""
     names = {id(plugin): name for name, plugin in run.plugins.items()}
-    notes, traceback = [], error.__traceback__
+    found: list[tuple[str, str]] = []
+    traceback = error.__traceback__
     while traceback is not None:
-        frame = traceback.tb_frame
+        frame, function = traceback.tb_frame, traceback.tb_frame.f_code.co_name
         owner = names.get(id(frame.f_locals.get("self")))
-        if owner is not None and frame.f_code.co_name in run.plan.hooks and not _passed_through(traceback):
-            notes.append(f"in plugin {owner!r}, hook {frame.f_code.co_name!r}, step {run.progress.step}")
+        inside = bool(found) and found[-1][0] == owner and function.startswith(("_", "<"))  # called by its hook
+        if owner is not None and not inside and not _passed_through(traceback):
+            found.append((owner, function))
         traceback = traceback.tb_next
+    notes = [f"in plugin {owner!r}, hook {hook!r}, step {run.progress.step}" for owner, hook in found]
     return notes[-1:] or [f"in step {run.progress.step}"]
 
 

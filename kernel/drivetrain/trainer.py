@@ -248,11 +248,11 @@ def _build(run: Run) -> None:
     if "train" not in run.batches:
         raise ConfigError("there is no training data: pass it to fit(), or name a data plugin")
     run.model.to(run.device)
-    records = [t for ts in hooks.transforms(run) for t in ts]
-    for index, transform in enumerate(sorted(records, key=lambda t: t.stage)):
+    for index, transform in enumerate(sorted((t for ts in hooks.transforms(run) for t in ts), key=lambda t: t.stage)):
         seed_global(run.seed_for("transform", index))
         run.model = transform.apply(run.model)
     run.optimizer = hooks.build_optimizer(run, hooks.parameter_groups(run))
+    run.optimizer.zero_grad()  # of a step that failed, in an earlier run of the same model
     updated = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     run.parameters = tuple(p for p in run.model.parameters() if id(p) in updated)  # in the model's order
     for group in run.optimizer.param_groups:

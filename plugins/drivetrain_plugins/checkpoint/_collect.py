@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from drivetrain_plugins.checkpoint import _compare, _manifest
-from drivetrain_plugins.checkpoint._format import MODEL, STATE, Encoded, encode, local_part
+from drivetrain_plugins.checkpoint._format import MAX_DEPTH, MODEL, STATE, Encoded, encode, local_part
 from drivetrain_plugins.checkpoint._parcel import Parcel
 from drivetrain_plugins.checkpoint._random import random_states
 from drivetrain_plugins.checkpoint._ranks import gather_texts, share_text, together
@@ -113,11 +113,12 @@ def layout_of(run: Run) -> Layout | None:
     return layout
 
 
-def any_shards(value: Any) -> bool:
+def any_shards(value: Any, depth: int = 0) -> bool:
+    """Tell whether a state holds a DTensor; not where it is too deep to be saved, which `encode` will say."""
     if isinstance(value, torch.Tensor):
         return local_part(value) is not value
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return any(map(any_shards, inside))
+    return depth <= MAX_DEPTH and any(any_shards(part, depth + 1) for part in inside)
 
 
 def gather_shards(run: Run, state: dict[str, Any]) -> dict[str, Any]:

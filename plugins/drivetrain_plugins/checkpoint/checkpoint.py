@@ -100,7 +100,7 @@ class Checkpoint:
                 f"that split, or name another metric. Received: splits to evaluate {splits}"
             )
 
-    @hookimpl(wrapper=True)
+    @hookimpl(wrapper=True, tryfirst=True)  # before anyone opens a file in a folder that is not this run's
     def fit(self, run: Run) -> Generator[None, Any, Any]:
         """Find out before step 0 whether saving can work, and clear what an earlier process left unfinished."""
         if run.settings.output is None:
@@ -112,7 +112,12 @@ class Checkpoint:
             self.every.start(run)
             if self.milestones is not None:
                 self.milestones.start(run)
-            result = yield
+            try:
+                result = yield
+            except SystemExit:
+                if run.stopped is not None:  # all ranks have agreed to stop, and all are here
+                    self._finish(run)
+                raise
             self._finish(run)
             return result
         finally:

@@ -32,13 +32,28 @@ class JsonlLog:
 
     @hookimpl
     def loaded(self, run: Run, path: Path) -> None:  # noqa: ARG002
-        """Keep what was logged up to the checkpoint; what came after will be logged again."""
+        """Go on with the log that is there; who only looks at a run, or may not have its folder, leaves it alone."""
         self._resumed = True
-        file = self._path(run)
-        if run.rank != 0 or not file.exists():
-            return
-        kept = []
-        for line in file.read_text(encoding="utf-8").splitlines():
+        if self._file is not None:  # in the middle of a run: it was rolled back
+            self._file.close()
+            self._file = self._open(run)
+
+    @hookimpl(wrapper=True)
+    def fit(self, run: Run) -> Generator[None, Any, Any]:
+        """Hold the file open while the run lasts."""
+        if run.rank != 0:
+            return (yield)
+        self._file = self._open(run)
+        try:
+            return (yield)
+        finally:
+            self._file.close()
+            self._file = None
+
+    def _open(self, run: Run) -> IO[str]:
+        """Open the log, with what was logged up to the checkpoint in it; what came after will be logged again."""
+        file, kept = self._path(run), []
+        for line in file.read_text(encoding="utf-8").splitlines() if self._resumed and file.exists() else ():
             try:
                 row = json.loads(line)
             except ValueError:  # the last line of a run that was killed
@@ -48,18 +63,7 @@ class JsonlLog:
         fresh = file.with_name(f".{file.name}.new")
         fresh.write_text("".join(kept), encoding="utf-8")
         fresh.replace(file)  # the log is never half there
-
-    @hookimpl(wrapper=True)
-    def fit(self, run: Run) -> Generator[None, Any, Any]:
-        """Hold the file open while the run lasts."""
-        if run.rank != 0:
-            return (yield)
-        with self._path(run).open("a" if self._resumed else "w", encoding="utf-8", buffering=1) as file:
-            self._file = file
-            try:
-                return (yield)
-            finally:
-                self._file = None
+        return file.open("a", encoding="utf-8", buffering=1)
 
     @hookimpl
     def log(self, run: Run, metrics: dict[str, float]) -> None:
