@@ -149,7 +149,7 @@ class Fetch:
                     picked.append(dataset[index])
                 except Exception as error:
                     reason = f"{self.split} row {index}: {type(error).__name__}: {error}"
-                    if not self.tolerant:
+                    if not self.tolerant or isinstance(error, MemoryError):  # that is no fault of the row
                         raise DataError(reason) from error
                     picked.append(BadRow(reason))
             return picked

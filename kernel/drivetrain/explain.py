@@ -59,11 +59,23 @@ def _acts(acting: Acting) -> bool:
     return bool(own or acting.wrappers or acting.listeners)
 
 
+MAX_CAUSES = 32
+
+
 def plugin_frames(error: BaseException, run: Run) -> list[str]:
     """Say in which plugin and hook `error` was raised, from its traceback; costs nothing until something fails."""
     names = {id(plugin): name for name, plugin in run.plugins.items()}
+    causes = [error]  # what a plugin raised may have been told as another error, by a plugin or by Python
+    while causes[-1].__cause__ is not None and len(causes) < MAX_CAUSES:
+        causes.append(causes[-1].__cause__)
+    found = next((frames for cause in reversed(causes) if (frames := _frames(cause.__traceback__, names))), [])
+    notes = [f"in plugin {owner!r}, hook {hook!r}, step {run.progress.step}" for owner, hook in found]
+    return notes[-1:] or [f"in step {run.progress.step}"]
+
+
+def _frames(traceback: TracebackType | None, names: dict[int, str]) -> list[tuple[str, str]]:
+    """Return plugins and their hooks along a traceback, the outermost first."""
     found: list[tuple[str, str]] = []
-    traceback = error.__traceback__
     while traceback is not None:
         frame, function = traceback.tb_frame, traceback.tb_frame.f_code.co_name
         owner = names.get(id(frame.f_locals.get("self")))
@@ -71,8 +83,7 @@ def plugin_frames(error: BaseException, run: Run) -> list[str]:
         if owner is not None and not inside and not _passed_through(traceback):
             found.append((owner, function))
         traceback = traceback.tb_next
-    notes = [f"in plugin {owner!r}, hook {hook!r}, step {run.progress.step}" for owner, hook in found]
-    return notes[-1:] or [f"in step {run.progress.step}"]
+    return found
 
 
 def _passed_through(traceback: TracebackType) -> bool:
@@ -96,6 +107,8 @@ def sift(fetch: Fetch, rows: Sequence[Any], numbers: Sequence[int], error: Excep
             if isinstance(row, BadRow):
                 raise DataError(row.reason)  # noqa: TRY301 - a row that was found bad before is one like others
             fetch.batch(rows[place : place + 1] if whole else [row], 0, 0)
+        except MemoryError:  # no fault of the row
+            raise
         except Exception as alone:
             told = str(alone) if isinstance(alone, DataError) else f"{type(alone).__name__}: {alone}"
             bad.append(told if isinstance(row, BadRow) else f"{fetch.split} row {number}: {told}")

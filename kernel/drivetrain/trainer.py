@@ -95,15 +95,12 @@ class Trainer:
             CheckpointError: `resume` asks for a checkpoint that is not there or not valid.
         """
         run = self.assemble(train, evaluate, **settings)
-        try:
+        with _named(run):
             if resume:
                 self._resume(run, resume)
             run.settings.log_every.start(run)
             run.model.train()
             run.hooks.fit(run)
-        except BaseException as error:
-            _annotate(error, run)
-            raise
         return Result(run.progress.step, run.epochs, dict(run.metrics), run.stopped, self.settings.output)
 
     def evaluate(self, split: str = "evaluate") -> dict[str, float]:
@@ -113,7 +110,8 @@ class Trainer:
     def export(self, format: str, path: str | Path) -> None:  # noqa: A002
         """Write the model of the run in one of its plugins' formats."""
         run = self._assembled()
-        exporters = {e.format: e for es in run.hooks.export(run) for e in es}
+        with _named(run):
+            exporters = {e.format: e for es in run.hooks.export(run) for e in es}
         if format not in exporters:
             raise ConfigError(f"no plugin of this run exports {format!r}. It has: {sorted(exporters) or 'no exporter'}")
         exporters[format].write(run, Path(path))
@@ -156,11 +154,8 @@ class Trainer:
             _make_folder(output)
         manager.register(loop.Defaults(run, self.model, datasets), "drivetrain")
         run.hooks = callables(manager, frozen=self.frozen)
-        try:
+        with _named(run):
             _build(run)
-        except BaseException as error:
-            _annotate(error, run)
-            raise
         if output is not None and run.rank == 0:
             with _told(output):
                 (output / "plan.json").write_text(json.dumps(plan.as_dict(), indent=2) + "\n")
@@ -182,11 +177,17 @@ def _check_ranks(run: Run) -> None:
         raise PlanError([Problem("the ranks' plans differ", shown, "give every rank the same plugins and options")])
 
 
-def _annotate(error: BaseException, run: Run) -> None:
-    from drivetrain.explain import plugin_frames  # noqa: PLC0415 - loaded when something fails
+@contextlib.contextmanager
+def _named(run: Run) -> Iterator[None]:
+    """Name plugin and hook in what is raised."""
+    try:
+        yield
+    except BaseException as error:
+        from drivetrain.explain import plugin_frames  # noqa: PLC0415 - loaded when something fails
 
-    for note in plugin_frames(error, run):
-        error.add_note(note)
+        for note in plugin_frames(error, run):
+            error.add_note(note)
+        raise
 
 
 def _named_sets(train: Any, evaluate: Any) -> dict[str, Any]:

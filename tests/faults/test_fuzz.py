@@ -11,7 +11,6 @@ import copy
 import hashlib
 import json
 import os
-import shutil
 import sys
 import threading
 import time
@@ -377,8 +376,3 @@ def test_recipes(watch, tmp):
 def test_recipes_for_long(watch, tmp):
     """The same, many times."""
     recipes(watch, tmp, 20_000)
-
-
-def test_cleaning_up(tmp):
-    """The folders of this file go."""
-    shutil.rmtree(tmp)
