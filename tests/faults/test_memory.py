@@ -6,7 +6,6 @@ import multiprocessing
 import random
 import resource
 import traceback
-import weakref
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -42,12 +41,10 @@ class Starve:
 
     where: str = option("", help="which part: before or after a hook, or in the middle of the update")
     error: str = option("python", help="what is raised; real: allocate, under a limit of this process")
-    _step: object = attrs.field(init=False, default=lambda: None)
 
     def _fail(self, place, step):
         if place != self.where or step is None or step.number != BAD:
             return
-        self._step = weakref.ref(step)
         if self.error == "real":
             allocate()
         raise ERRORS[self.error]()  # noqa: RSE102 - a function that makes it

@@ -243,7 +243,11 @@ class Checkpoint:
 
     def _is_best(self, run: Run, value: float, step: int) -> bool:
         kept = self._shelf(run)
-        return self._retention(run, kept).is_best(value, step, kept.entries())
+        try:
+            return self._retention(run, kept).is_best(value, step, kept.entries())
+        except OSError as error:
+            log.warning("checkpoint: %s cannot be listed, so this one is saved: %s", kept.shelf.where(""), error)
+            return True
 
     def _rows_sample(self, run: Run) -> str | None:
         if not self._sample:
