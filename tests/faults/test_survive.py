@@ -44,6 +44,7 @@ def check_same(done: subprocess.CompletedProcess[str], kills: int) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow  # continuous integration runs the script itself
 def test_killed_three_times():
     """Three SIGKILLs of the process group, one of them at a start, change no bit of weights, state and log."""
     check_same(survive("--kills", "3", "--steps", "30", "--seed", "5"), 3)  # the first one is well after a save
