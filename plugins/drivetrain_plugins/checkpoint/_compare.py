@@ -109,7 +109,7 @@ def check_plugins(plugins: dict[str, Any]) -> None:
 
 def form_of(manifest: dict[str, Any]) -> str:
     """Return "full", or "sharded" with the number of parts."""
-    parts = sum(_manifest.PART.fullmatch(file) is not None for file in manifest["files"])
+    parts = len(_manifest.parts(manifest["files"]))
     return f"sharded ({parts} part{'s'[: parts != 1]})" if parts else "full"
 
 

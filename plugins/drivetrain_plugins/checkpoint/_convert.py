@@ -8,11 +8,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-import attrs
-
 from drivetrain import CheckpointError
 from drivetrain_plugins.checkpoint import _manifest, _saved
-from drivetrain_plugins.checkpoint._format import MODEL, STATE, from_safetensors, to_safetensors
+from drivetrain_plugins.checkpoint._format import MODEL, STATE, to_safetensors
 from drivetrain_plugins.checkpoint._shard_plan import (
     Chunk,
     Index,
@@ -53,7 +51,10 @@ def convert(source: tuple[Shelf, str], target: tuple[Shelf, str], form: str, par
     """
     if form not in FORMS or not 1 <= parts <= MAX_PARTS:
         raise ValueError(f"expected a form of {FORMS} and 1 to {MAX_PARTS} parts. Received: {form!r}, {parts!r}")
-    reader = _Source.of(*source)
+    reader = _saved.Reader.of(*source)
+    index = reader.index()
+    for file in _manifest.parts(reader.manifest["files"]).keys() - by_file(index or {}).keys():
+        reader.verified(file)  # nothing reads it again
     shelf, name = target
     if step_of(name) not in (None, reader.manifest["step"]):
         raise CheckpointError(f"{shelf.where(name)} is no name for a checkpoint of step {reader.manifest['step']}")
@@ -61,7 +62,7 @@ def convert(source: tuple[Shelf, str], target: tuple[Shelf, str], form: str, par
     try:
         draft = shelf.begin(name)
         try:
-            files = _write_full(draft, reader) if form == FULL else _write_sharded(draft, reader, parts)
+            files = _write_full(draft, reader, index) if form == FULL else _write_sharded(draft, reader, index, parts)
             files[TREE] = draft.write(TREE, [memoryview(reader.verified(TREE))])
             draft.commit(_manifest.seal({**about, "files": files}))
         except BaseException:
@@ -72,21 +73,21 @@ def convert(source: tuple[Shelf, str], target: tuple[Shelf, str], form: str, par
         raise CheckpointError(f"checkpoint {shelf.where(name)} could not be written: {reason}") from error
 
 
-def _write_full(draft: Draft, source: _Source) -> dict[str, Any]:
+def _write_full(draft: Draft, source: _saved.Reader, held: Index | None) -> dict[str, Any]:
     """Write a part of the state at a time: no more than that is in memory."""
     files = {}
     for part in (MODEL, STATE):
-        tensors = {reference[len(part) + 1 :]: tensor for reference, tensor in source.tensors(part).items()}
+        tensors = {reference[len(part) + 1 :]: tensor for reference, tensor in _tensors(source, held, part).items()}
         files[f"{part}.safetensors"] = draft.write(f"{part}.safetensors", to_safetensors(tensors))
     return files
 
 
-def _write_sharded(draft: Draft, source: _Source, parts: int) -> dict[str, Any]:
-    tensors = source.tensors(MODEL) | source.tensors(STATE)
+def _write_sharded(draft: Draft, source: _saved.Reader, held: Index | None, parts: int) -> dict[str, Any]:
+    tensors = _tensors(source, held, MODEL) | _tensors(source, held, STATE)
     index, contents = split(tensors, parts)
     files = {file: draft.write(file, to_safetensors(content)) for file, content in contents.items()}
     text = as_json(index)
-    with _saved.reading(source.place, _manifest.INDEX):
+    with source.reading(_manifest.INDEX):
         check_index(text, {file: about["size"] for file, about in files.items()})
     files[_manifest.INDEX] = draft.write(_manifest.INDEX, [_manifest.dump_json(text)])
     return files
@@ -110,41 +111,9 @@ def split(tensors: Mapping[str, torch.Tensor], parts: int) -> tuple[Index, dict[
     return index, contents
 
 
-@attrs.define
-class _Source:
-    """A checkpoint of any form; each file is verified when it is read."""
-
-    manifest: dict[str, Any]
-    place: object
-    _reader: Any
-    _index: Index | None = None
-
-    @classmethod
-    def of(cls, shelf: Shelf, name: str) -> _Source:
-        manifest = _saved.listed(shelf, name)
-        made = cls(manifest, shelf.where(name), _saved.Reader(shelf, name, manifest))
-        if _manifest.INDEX in manifest["files"]:
-            sizes = {f: about["size"] for f, about in manifest["files"].items() if _manifest.PART.fullmatch(f)}
-            with _saved.reading(made.place, _manifest.INDEX):
-                made._index = check_index(made._reader.json(_manifest.INDEX), sizes)
-            for file in sizes.keys() - by_file(made._index).keys():
-                made.verified(file)  # nothing reads it again
-        return made
-
-    def verified(self, file: str) -> bytearray:
-        """Return a file's bytes."""
-        with _saved.reading(self.place, file):
-            content: bytearray = self._reader.verified(file)
-            return content
-
-    def _read_part(self, file: str) -> dict[str, torch.Tensor]:
-        content = self.verified(file)
-        with _saved.reading(self.place, file):
-            return from_safetensors(content)
-
-    def tensors(self, part: str) -> dict[str, torch.Tensor]:
-        """Return the whole tensors of the model or of the other state, by reference."""
-        if self._index is None:
-            return {f"{part}/{key}": tensor for key, tensor in self._read_part(f"{part}.safetensors").items()}
-        with _saved.reading(self.place, _manifest.INDEX):
-            return load_shards(self._index, self._read_part, only=f"{part}/")
+def _tensors(reader: _saved.Reader, index: Index | None, part: str) -> dict[str, torch.Tensor]:
+    """Return the whole tensors of the model or of the other state, by reference, whichever form holds them."""
+    if index is None:
+        return {f"{part}/{key}": tensor for key, tensor in reader.tensors(f"{part}.safetensors").items()}
+    with reader.reading(_manifest.INDEX):
+        return load_shards(index, reader.tensors, only=f"{part}/")

@@ -11,7 +11,6 @@ import hashlib
 import logging
 import re
 import secrets
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -23,6 +22,7 @@ from drivetrain_plugins.checkpoint._store import CHUNK
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
     from drivetrain_plugins.checkpoint._store import LocalStore
 
@@ -193,9 +193,3 @@ class LocalDraft:
     def discard(self) -> None:
         """Remove what was written."""
         self.shelf._discard(self.folder)  # noqa: SLF001 - of the same file
-
-
-def local(place: Path, store: LocalStore) -> tuple[LocalShelf, str]:
-    """Return the shelf that holds the folder `place`, and its name there."""
-    place = Path(place).absolute()
-    return LocalShelf(place.parent, store), place.name

@@ -125,6 +125,11 @@ def parse(raw: bytes | bytearray) -> dict[str, Any]:
     return content
 
 
+def parts(files: dict[str, Any]) -> dict[str, int]:
+    """Return the sizes of the parts among a manifest's files, by name; none of the full form."""
+    return {name: about["size"] for name, about in files.items() if PART.fullmatch(name)}
+
+
 def _check_counters(content: dict[str, Any]) -> None:
     position, step = content["position"], content["step"]
     counters = {k: v for k, v in position.items() if k != "position"}  # that one is a stream's own
@@ -164,6 +169,6 @@ def _check_files(files: dict[str, Any]) -> None:
             raise ValueError(f"expected size and sha256 of {name!r}, found {str(about)[:80]}")
         if type(about["sha256"]) is not str or not _SHA256.fullmatch(about["sha256"]):
             raise ValueError(f"expected the sha256 of {name!r}, found {str(about['sha256'])[:80]}")
-    parts = {name for name in files if PART.fullmatch(name)}
-    if set(files) not in (set(FULL), {*SHARDED, *parts}) or (set(files) != set(FULL) and not parts):
+    held = parts(files)
+    if set(files) not in (set(FULL), {*SHARDED, *held}) or (set(files) != set(FULL) and not held):
         raise ValueError(f"expected the files {sorted(FULL)}, or {sorted(SHARDED)} with parts, found {sorted(files)}")

@@ -49,6 +49,10 @@ class Retention:
     metric: str = ""
     maximize: bool = False
 
+    def newest_of(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Return the newest `keep` entries, the newest one first."""
+        return sorted(entries, key=lambda e: -e.step)[: self.keep]
+
     def best_of(self, entries: Iterable[Entry]) -> list[Entry]:
         """Return the best `best` entries, the best one first; a value that is not finite is worse than any other."""
         sign = -1 if self.maximize else 1
@@ -69,9 +73,9 @@ class Retention:
         Later ones than `last` belong to a course that the run has left; they are not counted and stay, until a save
         of their step replaces them.
         """
-        counted = sorted((e for e in entries if e.step <= last), key=lambda e: -e.step)
-        stay = {e.name for e in (*counted[: self.keep], *self.best_of(counted))} | set(protected)
-        return [e.name for e in reversed(counted) if e.name not in stay and not e.milestone]
+        counted = sorted((e for e in entries if e.step <= last), key=lambda e: e.step)
+        stay = {e.name for e in (*self.newest_of(counted), *self.best_of(counted))} | set(protected)
+        return [e.name for e in counted if e.name not in stay and not e.milestone]
 
 
 @attrs.define

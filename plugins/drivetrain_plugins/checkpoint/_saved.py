@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from drivetrain_plugins.checkpoint._shard_plan import Index
     from drivetrain_plugins.checkpoint._shelf import Shelf
 
     Layout = Callable[[str, tuple[int, ...], torch.dtype], torch.Tensor | None]
@@ -73,22 +74,62 @@ def read_manifest(shelf: Shelf, name: str) -> dict[str, Any]:
 
 @attrs.frozen
 class Reader:
+    """The files of one checkpoint, each verified when it is read; an error names checkpoint and file."""
+
     shelf: Shelf
     name: str
     manifest: dict[str, Any]
 
+    @classmethod
+    def of(cls, shelf: Shelf, name: str) -> Reader:
+        """Return the reader of a checkpoint, whose manifest is sound and lists every file there is.
+
+        Raises:
+            CheckpointError: it does not.
+        """
+        manifest = read_manifest(shelf, name)
+        with reading(shelf.where(name), "the folder"):
+            extra = set(shelf.files(name)) - {_manifest.NAME, *manifest["files"]}
+            if extra:
+                raise ValueError(f"holds files that the manifest does not list: {sorted(extra)[:8]}")
+        return cls(shelf, name, manifest)
+
+    def reading(self, file: str) -> contextlib.AbstractContextManager[None]:
+        """Turn whatever damage causes into a CheckpointError that names the file."""
+        return reading(self.shelf.where(self.name), file)
+
     def verified(self, file: str, limit: int = 2**63) -> bytearray:
         """Return a file's bytes, which have the size and the digest that the manifest says."""
         listed = self.manifest["files"][file]
-        raw = self.shelf.read(self.name, file, limit=limit, size=listed["size"])
-        found = hashlib.sha256(raw).hexdigest()
-        if found != listed["sha256"]:
-            raise ValueError(f"expected sha256 {listed['sha256']}, found {found}")
-        return raw
+        with self.reading(file):
+            raw = self.shelf.read(self.name, file, limit=limit, size=listed["size"])
+            found = hashlib.sha256(raw).hexdigest()
+            if found != listed["sha256"]:
+                raise ValueError(f"expected sha256 {listed['sha256']}, found {found}")
+            return raw
 
     def json(self, file: str) -> Any:
+        """Return the value of a JSON file."""
         raw = self.verified(file, MAX_STATE_BYTES)
-        return _manifest.parse_json(raw, max_depth=MAX_STATE_DEPTH, max_entries=MAX_STATE_ENTRIES)
+        with self.reading(file):
+            return _manifest.parse_json(raw, max_depth=MAX_STATE_DEPTH, max_entries=MAX_STATE_ENTRIES)
+
+    def tensors(self, file: str) -> dict[str, torch.Tensor]:
+        """Return the tensors of a safetensors file, by key."""
+        raw = self.verified(file)
+        with self.reading(file):
+            return from_safetensors(raw)
+
+    def index(self) -> Index | None:
+        """Return which part holds which chunk, or None of the full form."""
+        files = self.manifest["files"]
+        if _manifest.INDEX not in files:
+            return None
+        from drivetrain_plugins.checkpoint._shard_plan import check_index  # noqa: PLC0415 - loads torch's DCP
+
+        content = self.json(_manifest.INDEX)
+        with self.reading(_manifest.INDEX):
+            return check_index(content, _manifest.parts(files))
 
 
 def check(shelf: Shelf, name: str) -> dict[str, Any]:
@@ -97,21 +138,10 @@ def check(shelf: Shelf, name: str) -> dict[str, Any]:
     Raises:
         CheckpointError: it is not complete and unchanged; folder, file and reason are named.
     """
-    manifest = listed(shelf, name)
-    reader, place = Reader(shelf, name, manifest), shelf.where(name)
-    for file in manifest["files"]:
-        with reading(place, file):
-            reader.verified(file)
-    return manifest
-
-
-def listed(shelf: Shelf, name: str) -> dict[str, Any]:
-    manifest = read_manifest(shelf, name)
-    with reading(shelf.where(name), "the folder"):
-        extra = set(shelf.files(name)) - {_manifest.NAME, *manifest["files"]}
-        if extra:
-            raise ValueError(f"holds files that the manifest does not list: {sorted(extra)[:8]}")
-    return manifest
+    reader = Reader.of(shelf, name)
+    for file in reader.manifest["files"]:
+        reader.verified(file)
+    return reader.manifest
 
 
 def read(shelf: Shelf, name: str, layout: Layout | None = None, *, every: bool = True, resume: bool = False) -> Saved:
@@ -127,32 +157,33 @@ def read(shelf: Shelf, name: str, layout: Layout | None = None, *, every: bool =
     Raises:
         CheckpointError: it is not complete and unchanged; folder, file and reason are named.
     """
-    manifest = listed(shelf, name)
-    reader, place = Reader(shelf, name, manifest), shelf.where(name)
+    reader = Reader.of(shelf, name)
+    manifest = reader.manifest
     if resume and manifest["kind"] == _manifest.WEIGHTS:
         do = "to begin a new run from these weights, add the plugin `warm-start` with this path"
         raise CheckpointError(
-            f"{place} holds weights only, no optimizer, position or streams: it cannot be resumed; {do}"
+            f"{shelf.where(name)} holds weights only, no optimizer, position or streams: it cannot be resumed; {do}"
         )
-    tensors = _tensors(reader, place, layout, every=every)
-    with reading(place, "state.json"):
-        tree = decode(reader.json("state.json"), tensors)
+    tensors = _tensors(reader, layout, every=every)
+    content = reader.json("state.json")
+    with reader.reading("state.json"):
+        tree = decode(content, tensors)
         if tree["progress"] != manifest["position"]:
             raise ValueError(f"expected the manifest's position, found {tree['progress']}")
     return Saved(shelf, name, manifest, tree)
 
 
-def _tensors(reader: Reader, place: object, layout: Layout | None, *, every: bool) -> dict[str, torch.Tensor]:
-    files = reader.manifest["files"]
-    if _manifest.INDEX in files:
-        return _sharded(reader, place, layout, every=every)
+def _tensors(reader: Reader, layout: Layout | None, *, every: bool) -> dict[str, torch.Tensor]:
+    index = reader.index()
+    if index is not None:
+        return _sharded(reader, index, layout, every=every)
     if layout is not None:
         from drivetrain_plugins.checkpoint._shards import lay_out  # noqa: PLC0415 - loads torch's DCP
     tensors: dict[str, torch.Tensor] = {}
     for part in (MODEL, STATE):
         file = f"{part}.safetensors"
-        with reading(place, file):
-            loaded = from_safetensors(reader.verified(file))
+        loaded = reader.tensors(file)
+        with reader.reading(file):
             for key, tensor in loaded.items():
                 reference = f"{part}/{key}"
                 like = layout(reference, tuple(tensor.shape), tensor.dtype) if layout is not None else None
@@ -160,23 +191,19 @@ def _tensors(reader: Reader, place: object, layout: Layout | None, *, every: boo
     return tensors
 
 
-def _sharded(reader: Reader, place: object, layout: Layout | None, *, every: bool) -> dict[str, torch.Tensor]:
-    from drivetrain_plugins.checkpoint._shard_plan import check_index  # noqa: PLC0415 - loads torch's DCP
-    from drivetrain_plugins.checkpoint._shards import load_shards  # noqa: PLC0415
+def _sharded(reader: Reader, index: Index, layout: Layout | None, *, every: bool) -> dict[str, torch.Tensor]:
+    from drivetrain_plugins.checkpoint._shards import load_shards  # noqa: PLC0415 - loads torch's DCP
 
-    sizes = {file: about["size"] for file, about in reader.manifest["files"].items() if _manifest.PART.fullmatch(file)}
-    unread = set(sizes)
+    unread = set(_manifest.parts(reader.manifest["files"]))
 
     def read_part(file: str) -> dict[str, torch.Tensor]:
         unread.discard(file)
-        with reading(place, file):
-            return from_safetensors(reader.verified(file))
+        return reader.tensors(file)
 
-    with reading(place, _manifest.INDEX):
-        tensors = load_shards(check_index(reader.json(_manifest.INDEX), sizes), read_part, layout)
+    with reader.reading(_manifest.INDEX):
+        tensors = load_shards(index, read_part, layout)
     for file in sorted(unread) if every else ():
-        with reading(place, file):
-            reader.verified(file)
+        reader.verified(file)
     return tensors
 
 

@@ -187,14 +187,14 @@ class Row:
         if self.manifest is None or self.entry is None:
             return {"name": self.name, "where": self.where, "damaged": self.damaged}
         same = {key: self.manifest[key] for key in ("step", "position", "kind", "world_size", "schema")}
-        environment = self.manifest["environment"]
+        environment, parts = self.manifest["environment"], len(_manifest.parts(self.manifest["files"]))
         return {
             "name": self.name,
             "where": self.where,
             "damaged": None,
             **same,
-            "form": "sharded" if _manifest.INDEX in self.manifest["files"] else "full",
-            "parts": sum(_manifest.PART.fullmatch(file) is not None for file in self.manifest["files"]),
+            "form": "sharded" if parts else "full",
+            "parts": parts,
             "bytes": self.size,
             "metrics": {k: v if v - v == 0 else str(v) for k, v in self.entry.metrics.items()},  # JSON has no NaN
             "kept_for": list(self.kept_for),
@@ -210,7 +210,7 @@ def survey(place: Place) -> tuple[list[Row], Retention | None]:
     sound = [r for r in rows if r.entry is not None and step_of(r.name) is not None]
     rule = None if place.alone or not sound else _rule(sound[-1].manifest or {})
     entries = [r.entry for r in sound if r.entry is not None]
-    newest = {e.name for e in counted(rule, entries, best=False)} if rule else set()
+    newest = {e.name for e in rule.newest_of(entries)} if rule else set()
     best = {e.name for e in rule.best_of(entries)} if rule else set()
     told = []
     for row in rows:
@@ -255,12 +255,6 @@ def _rule(manifest: dict[str, Any]) -> Retention | None:
     return None
 
 
-def counted(rule: Retention, entries: list[Entry], *, best: bool = True) -> list[Entry]:
-    """Return those that are among the newest, and those among the best."""
-    newest = sorted(entries, key=lambda e: -e.step)[: rule.keep]
-    return [*newest, *(rule.best_of(entries) if best else [])]
-
-
 # --- what may go -----------------------------------------------------------------------------------------------------
 
 
@@ -293,7 +287,7 @@ def prunable(place: Place, rule: Retention) -> Pruning:
     while True:
         entries = sorted(sound.values(), key=lambda e: -e.step)
         resumable = next((e for e in entries if e.name in runs), None)
-        stay = [*counted(rule, entries), *([resumable] if resumable else [])]
+        stay = [*rule.newest_of(entries), *rule.best_of(entries), *([resumable] if resumable else [])]
         unread = {e.name for e in stay} - verified
         if not unread:
             break
