@@ -12,23 +12,31 @@ import pytest
 import torch
 
 
-class Worker:
-    """A `faults_worker` process."""
+def environment():
+    """Return what a program needs to find these modules, on one thread."""
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
-    def __init__(self, folder: Path):
-        run = "import faults_worker; faults_worker.main()"
+
+class Worker:
+    """A process of `module` (`faults_worker`, or one like it), which makes a run in a fork for each job."""
+
+    def __init__(self, folder: Path, module: str = "faults_worker"):
+        run = f"import {module}; {module}.main()"
         command = [sys.executable, "-W", "ignore", "-c", run, str(folder / "reply.json")]
-        paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
         )
 
-    def __call__(self, folder, **job):
-        """Perform a job in a fork; return its status, digests and calls."""
+    def ask(self, folder, **job):
+        """Perform a job in a fork; return what it says of itself."""
         self.process.stdin.write(json.dumps({"folder": str(folder), **job}) + "\n")
         self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
+        return json.loads(self.process.stdout.readline())
+
+    def __call__(self, folder, **job):
+        """Perform a job that may be killed; return its status, digests and calls."""
+        answer = self.ask(folder, **job)
         if answer["status"] not in (0, -9):
             pytest.fail(f"{job}: {answer}")
         return answer

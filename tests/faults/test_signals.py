@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -14,8 +13,9 @@ from pathlib import Path
 import pytest
 import signals_worker
 import torch
+from conftest import Worker, environment
 from faults_worker import read
-from signals_programs import IMPORTING, OPEN, command, environment, their
+from signals_programs import IMPORTING, OPEN, command, their
 
 from drivetrain.recipe import Recipe
 from drivetrain.testing import run_ranks
@@ -25,34 +25,20 @@ CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 138, "stop": 0}
 BOUNDARY = {"start": 1, "forward": 4, "backward": 4, "accumulation": 4, "evaluation": 4, "end": 10}
 
 
-class Worker:
+class Signalled(Worker):
     """A `signals_worker` process."""
-
-    def __init__(self, folder):
-        run = "import signals_worker; signals_worker.main()"
-        command = [sys.executable, "-W", "ignore", "-c", run, str(folder / "reply.json")]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
-        )
 
     def __call__(self, folder, **job):
         """Perform a job in a fork; return its status, what it wrote to stderr and its digests."""
-        self.process.stdin.write(json.dumps({"folder": str(folder), **job}) + "\n")
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
+        answer = self.ask(folder, **job)
         assert answer["status"] != 1, answer["errors"]
         return answer
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait(timeout=30)
-        self.process.stdout.close()
 
 
 @pytest.fixture(scope="module")
 def signalled(tmp_path_factory):
     """Return a function that makes a run in a forked process, to which signals are sent."""
-    made = Worker(tmp_path_factory.mktemp("signals"))
+    made = Signalled(tmp_path_factory.mktemp("signals"), "signals_worker")
     yield made
     made.close()
 
