@@ -47,6 +47,7 @@ class Job:
     keep: int = 2
     workers: int = 0
     start_method: str | None = None
+    every: str = "3 steps"
     how: str | None = None  # saves go on beside the training, in a "thread" or by a "fork"
     point: str | None = None  # one of POINTS: where the signal is sent from
     step: int = 3  # in which step (counted from 0), for the points that have one
@@ -72,6 +73,10 @@ class Sender:
         """Send, if this is the point."""
         if point == self.job.point and step in (None, self.job.step) and not self.sent:
             self.send()
+
+    def was_forked(self) -> None:
+        """Know that the child has sent it."""
+        self.sent = self.sent or self.job.point == "fork"
 
     def call(self, number: int, name: str, args: Any) -> None:
         """Send before a store call."""
@@ -154,11 +159,11 @@ def build(job: Job) -> tuple[Trainer, Any, FaultyStore]:
     """Return the trainer, the rows and the store of a job."""
     torch.default_generator.manual_seed(1)
     sender = Sender(job)
-    saves = {"every": "3 steps", "keep": job.keep}
+    saves = {"every": job.every, "keep": job.keep}
     checkpoint = Checkpoint(**saves) if job.how is None else AsyncCheckpoint(**saves, how=job.how)
     sends, asked = SendAt(), Preemption(**job.options)
     sends._sender, checkpoint._store = sender, FaultyStore(sender.call)
-    os.register_at_fork(after_in_child=lambda: sender.at("fork"))
+    os.register_at_fork(after_in_child=lambda: sender.at("fork"), after_in_parent=sender.was_forked)
     plugins = [AdamW(lr=3e-3), Linear(warmup=0.2), Clip(norm=0.5), Accumulate(batches=2), Evaluate(every="4 steps")]
     plugins += [Loader(batch_size=8, workers=job.workers, prefetch=1, start_method=job.start_method)]
     plugins += [("recorder", Recorder()), checkpoint, ("send-at", sends)]

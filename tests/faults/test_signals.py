@@ -115,6 +115,19 @@ def test_asked_inside_a_save(signalled, left_alone, tmp_path):
         ends_exactly(signalled, folder, left_alone)
 
 
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("how", ["thread", "fork"])
+def test_asked_while_the_last_save_is_waited_for(signalled, left_alone, tmp_path, how, inside):
+    """A signal that comes when nothing but the last save is left ends a complete run, in any place of the list."""
+    job = {"how": how, "inside": inside, "every": "100 steps"}
+    calls = signalled(tmp_path / "count", **{**job, "how": None})["calls"]
+    last = len(calls) - calls[::-1].index("rename")  # that of the only save
+    answer = signalled(tmp_path / "run", call=last, group=True, slow=0.02, **job)
+    assert answer["status"] == 143, answer["errors"]
+    assert whole(tmp_path / "run") == [10]
+    ends_exactly(signalled, tmp_path / "run", left_alone, **job)
+
+
 def test_a_save_signal_saves_and_goes_on(signalled, left_alone, tmp_path):
     """SIGUSR2 makes one more checkpoint, twice in one step too, and the run comes to its end unchanged."""
     answer = signalled(tmp_path / "run", point="forward", step=6, send="SIGUSR2", times=2, keep=9)

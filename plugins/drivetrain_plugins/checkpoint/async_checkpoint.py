@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
@@ -19,6 +19,7 @@ from drivetrain_plugins.checkpoint._ranks import gather_texts, share_text, toget
 from drivetrain_plugins.checkpoint.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
     from pathlib import Path
 
     from drivetrain_plugins.checkpoint._retention import Kept
@@ -58,6 +59,14 @@ class AsyncCheckpoint(Checkpoint):
         if self._under is not None:
             self._land(step.run, wait=False)
         super().step_end(step)
+
+    @hookimpl(wrapper=True)
+    def epoch(self, run: Run) -> Generator[None, Any, Any]:
+        """Wait for the last save where the run ends: while signals are still heard, and before anything is exported."""
+        result = yield
+        if run.finished:
+            self._land(run, wait=True)
+        return result
 
     @hookimpl
     def load(self, run: Run, path: Path | str | None) -> Path | str | None:
@@ -139,9 +148,6 @@ class AsyncCheckpoint(Checkpoint):
         if run.rank == 0:
             under.kept.add(under.parcel.entry())
         self._done(run, under.kept, under.parcel.name)
-
-    def _finish(self, run: Run) -> None:
-        self._land(run, wait=True)
 
     def _abandon(self) -> None:
         """Let a save under way end when the run ends with an error: no rank waits for another here."""

@@ -112,14 +112,7 @@ class Checkpoint:
             self.every.start(run)
             if self.milestones is not None:
                 self.milestones.start(run)
-            try:
-                result = yield
-            except SystemExit:
-                if run.stopped is not None:  # all ranks have agreed to stop, and all are here
-                    self._finish(run)
-                raise
-            self._finish(run)
-            return result
+            return (yield)
         finally:
             self._abandon()
             if self._lock is not None:
@@ -291,9 +284,6 @@ class Checkpoint:
         if self.on_failure == "raise" or enough or (self._lock is not None and self._lock.lost):
             raise error
         log.warning("checkpoint: failure %d of %d in a row: %s", self._failures, self.failures, error)
-
-    def _finish(self, run: Run) -> None:
-        """Finish what is under way when the run ends; here, nothing is."""
 
     def _abandon(self) -> None:
         """Leave what is under way when the run ends with an error; here, nothing is."""
