@@ -196,8 +196,7 @@ class Defaults:
     def grad_norm(self, step: Step) -> torch.Tensor:
         """Measure the total norm as `torch.nn.utils.clip_grad_norm_` does, without its walks and checks."""
         norms = torch._foreach_norm([p.grad for p in step.run.parameters if p.grad is not None])  # noqa: SLF001
-        total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
-        return total
+        return torch.linalg.vector_norm(torch.stack(norms))  # type: ignore[no-any-return]
 
     @hookimpl
     def optimizer_step(self, step: Step) -> None:
@@ -261,7 +260,7 @@ class Defaults:
         votes, reasons = self._hooks.agree(run, run.votes), run.reasons
         run.votes, run.reasons = 0, {}
         if votes & EVALUATE and self._answered(run, "evaluate", reasons.get(EVALUATE)):
-            for split in [s for s in run.batches if s != "train"]:
+            for split in run.facts.get("evaluated_sets", [s for s in run.batches if s.startswith("evaluate")]):
                 evaluate(run, split)
             if run.votes or run.world_size > 1:  # asked for in `evaluated`: it concerns this step's weights
                 votes, reasons = votes | self._hooks.agree(run, run.votes), {**run.reasons, **reasons}

@@ -113,9 +113,7 @@ def compose(
         manager.register(sound[name], name)
     hooks = {hook: _acting(manager, hook) for hook in manager.names}
     about = {name: _about(plugin, catalogue) for name, plugin in sound.items()}
-    facts: dict[str, Any] = {}
-    for plugin in sound.values():
-        facts.update(getattr(plugin, "facts", {}))
+    facts = {name: fact for plugin in sound.values() for name, fact in getattr(plugin, "facts", {}).items()}
     shown = {f.name: getattr(settings, f.name) for f in attrs.fields(type(settings))}
     plan = Plan(
         about, hooks, facts, {k: v if isinstance(v, (int, float, type(None))) else str(v) for k, v in shown.items()}
@@ -160,8 +158,7 @@ def check_plugin(name: str, plugin: object, manager: Manager) -> list[Problem]:
         opts = getattr(function, "drivetrain_impl", None)
         where = f"plugin {name!r}, {cls.__name__}.{attribute}"
         if opts is None:
-            unmarked = attribute in known and callable(function) and function is not getattr(Hooks, attribute, None)
-            if unmarked:
+            if attribute in known and callable(function) and function is not getattr(Hooks, attribute, None):
                 problems.append(Problem("is named like a hook but not marked", do="add @hookimpl", where=where))
             continue
         hook = opts["specname"] or attribute
@@ -270,8 +267,11 @@ def _unreachable(plan: Plan, plugins: dict[str, Any]) -> list[Problem]:
         while outer not in reached:
             outer = around[outer]
         owner, acting = plan.hooks[outer].owner, plan.hooks[hook]
-        who = [*acting.wrappers, *acting.listeners, acting.owner]
-        if who := [w for w in who if w not in (None, "drivetrain", owner)]:
+        if who := [
+            name
+            for name in (*acting.wrappers, *acting.listeners, acting.owner)
+            if name not in (None, "drivetrain", owner)
+        ]:
             what = f"hook {hook!r} of {', '.join(map(repr, who))} can never run"
             received = f"{owner!r} owns {outer!r} and does not call it"
             problems.append(Problem(what, received, f"take out {owner!r} or {who[0]!r}", kind="conflict"))
@@ -303,11 +303,16 @@ def _missing(
 ) -> list[Problem]:
     problems = []
     if not has_model and "build_model" not in owners:
-        do = "pass a model to Trainer, or name one of: " + ", ".join(_offering(catalogue, ".model."))
+        do = f"pass a model to Trainer, or name one of: {', '.join(_offering(catalogue, '.model.'))}"
         problems.append(Problem("the run has no model", do=do, kind="missing"))
     if "build_optimizer" not in owners:
-        do = "name one of: " + ", ".join(_offering(catalogue, ".optim."))
-        problems.append(Problem("the run has no optimizer", do=do, kind="missing"))
+        problems.append(
+            Problem(
+                "the run has no optimizer",
+                do=f"name one of: {', '.join(_offering(catalogue, '.optim.'))}",
+                kind="missing",
+            )
+        )
     if settings.epochs is None and settings.steps is None:
         problems.append(Problem("the run has no length", do="give epochs or steps", kind="missing"))
     return problems

@@ -107,6 +107,13 @@ class Trainer:
         """Evaluate a split of the run that was last assembled or fitted."""
         return loop.evaluate(self._assembled(), split)
 
+    def predict(self, split: str = "evaluate") -> Any:
+        """Return what the run's `predict` plugin makes of a split; nothing is logged, and the run stays as it was."""
+        run = self._assembled()
+        if "predict" not in run.plan.hooks:
+            raise ConfigError("no plugin of this run predicts: add `predict`")
+        return run.hooks.predict(run, split)  # type: ignore[attr-defined]  # the plugin brings the hook
+
     def export(self, format: str, path: str | Path) -> None:  # noqa: A002
         """Write the model of the run in one of its plugins' formats."""
         run = self._assembled()

@@ -94,7 +94,7 @@ class Checkpoint:
         self._built = _state.built_settings(run)
         split = self.metric.rpartition("/")[0]
         if self.best and (run.plan.hooks["evaluate"].owner is None or split not in run.batches):
-            splits = [s for s in run.batches if s != "train"]
+            splits = [s for s in run.batches if s.startswith("evaluate")]
             raise ConfigError(
                 f"checkpoint keeps the best by {self.metric!r}, but nothing evaluates {split!r}: add `evaluate` and "
                 f"that split, or name another metric. Received: splits to evaluate {splits}"

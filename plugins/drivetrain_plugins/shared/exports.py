@@ -1,0 +1,51 @@
+"""What exporters write: the run's model without training's wrappers, changed as plugins ask (merged adapters)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from drivetrain import collect
+
+if TYPE_CHECKING:
+    import pluggy
+    import torch
+
+    from drivetrain import Run
+
+
+class ExportHooks:
+    """Hooks that exporters bring: `add_hooks` of an exporter, and of whoever implements one, calls `add`."""
+
+    @collect
+    def export_transforms(self, run: Run) -> Any:
+        """Return a list of `Transform(stage, apply)` for the model that is about to be written, on rank 0.
+
+        `apply` gets the model (without the wrappers of compilation and parallel training) and returns the one to write;
+        it must leave the run's own model as it is. Averaged weights are in the model by then.
+        """
+
+
+def add(manager: pluggy.PluginManager) -> None:
+    """Declare the hooks, unless another plugin of the run has."""
+    if not hasattr(manager.hook, "export_transforms"):
+        manager.add_hookspecs(ExportHooks)
+
+
+def bare(model: Any) -> Any:
+    """Return the model inside the wrappers of torch.compile and parallel training; adapters stay."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # noqa: SLF001 - where torch.compile keeps it
+        elif type(model).__name__.endswith("DataParallel"):
+            model = model.module
+        else:
+            return model
+
+
+def export_model(run: Run) -> torch.nn.Module:
+    """Return the model to export; call it in `Exporter.write`, when averages are in place."""
+    hooks: Any = run.hooks
+    model = bare(run.model)
+    for change in sorted((t for ts in hooks.export_transforms(run) for t in ts), key=lambda t: t.stage):
+        model = change.apply(model)
+    return model  # type: ignore[no-any-return]
