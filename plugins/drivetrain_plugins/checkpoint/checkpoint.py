@@ -195,6 +195,10 @@ class Checkpoint:
         self._source = saved.path
         return saved.path
 
+    def ranked(self, run: Run) -> tuple[Kept, Retention]:
+        """Return what stands on the run's shelf, and the rule that ranks it."""
+        return self._shelf(run), self._retention(run, self._shelf(run))
+
     # --- the parts -----------------------------------------------------------------------------------------------
 
     def _shelf(self, run: Run) -> Kept:
