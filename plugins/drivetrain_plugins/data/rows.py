@@ -13,6 +13,14 @@ class Rows:
 
     function: str = option(help='called with the split ("train", "evaluate"), as "package.module:name"')
     arguments: dict[str, Any] = option(factory=dict, help="further keyword arguments of the function")
+    sets: list[str] = option(
+        default=(), converter=list, help='names of evaluation sets: it is called with "evaluate/NAME" for each'
+    )
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Declare the named evaluation sets."""
+        return {"splits": [f"evaluate/{name}" for name in self.sets]} if self.sets else {}
 
     @hookimpl
     def build_dataset(self, split: str) -> Any:
