@@ -14,7 +14,7 @@ SCALE = 255 / 16  # the pictures have 17 shades
 
 
 def rows(split: str, limit: int | None = None) -> list[dict[str, Any]] | None:
-    """Return {"image": uint8 (8, 8), "label"} of `split`; which pictures are kept aside depends on their pixels only."""
+    """Return {"image": uint8 (8, 8), "label"} of `split`; which are kept aside depends on their pixels only."""
     if split not in {"train", "evaluate"}:
         return None
     pixels, labels = load_digits(return_X_y=True)

@@ -2,7 +2,8 @@
 
     python examples/sentiment/fetch.py
 
-They lie in the source distribution of `vaderSentiment` (Hutto & Gilbert 2014), which pip downloads; its bytes are checked.
+They lie in the source distribution of `vaderSentiment` (Hutto & Gilbert 2014), which pip downloads; its bytes are
+checked.
 """
 
 from __future__ import annotations

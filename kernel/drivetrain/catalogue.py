@@ -94,5 +94,4 @@ class Catalogue:
         """Return the entry whose class made `plugin`, if it came from the catalogue."""
         cls: Any = type(plugin)
         value = f"{cls.__module__}:{cls.__qualname__}"
-        found = [e for entries in self._entries.values() for e in entries if e.value == value]
-        return found[0] if found else None
+        return next((e for entries in self._entries.values() for e in entries if e.value == value), None)

@@ -1,4 +1,4 @@
-"""The command line: `drivetrain run`, `explain`, `plugins`, `resume`, `evaluate`, `export`, and plugins' own commands.
+"""The command line: `drivetrain run`, `explain`, `plugins`, `resume`, `export`, and plugins' own commands.
 
 What is wrong with the input is one message on stderr and exit status 2; anything else keeps its traceback and notes.
 """
@@ -186,16 +186,6 @@ def resume_run(folder: Path, changes: tuple[str, ...], as_json: bool) -> None:
     """Go on with the run in the folder RUN, from its newest valid checkpoint."""
     recipe, trainer = _stored(folder, changes)
     _report(_fit(recipe, trainer, resume=True), as_json=as_json)
-
-
-@main.command()
-@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
-@click.option("--split", default="evaluate", show_default=True, help='"train", "evaluate" or "evaluate/NAME".')
-@_json_flag
-def evaluate(folder: Path, split: str, as_json: bool) -> None:
-    """Measure the newest valid checkpoint of RUN on a split of its data."""
-    metrics = _restored(folder).evaluate(split)
-    click.echo(json.dumps(metrics) if as_json else "\n".join(f"{k}: {v:.6g}" for k, v in metrics.items()))
 
 
 @main.command()

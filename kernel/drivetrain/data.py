@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 import numpy as np
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("drivetrain")
 IGNORE_INDEX = -100  # the label that every loss passes over
+SHORT = 64  # labels up to which a list is counted in less time than numpy takes to be called
 
 
 class Columns(torch.utils.data.Dataset[Any]):
@@ -70,6 +71,8 @@ def count_labels(batch: Any) -> int | None:
     if not isinstance(labels, torch.Tensor):
         return None
     array = labels.numpy()
+    if array.ndim == 1 and array.size <= SHORT and array.dtype.kind in "iu":
+        return len(array) - cast("list[int]", array.tolist()).count(IGNORE_INDEX)
     return int(np.count_nonzero(array != IGNORE_INDEX)) if array.dtype.kind in "iu" else len(array)
 
 
@@ -156,7 +159,8 @@ class Fetch:
 
     def __call__(self, indices: torch.Tensor, epoch: int, position: int) -> Micro:
         """Return the micro-batch of the rows `indices`, which stand at `position` in the epoch's order."""
-        if not len(indices):  # this rank has no rows in the epoch's last global batch
+        rows = indices.shape[0]
+        if not rows:  # this rank has no rows in the epoch's last global batch
             return Micro(None, 0, 0)
         if self.collate is stack and hasattr(self.dataset, "gather"):
             batch = self.dataset.gather(indices)
@@ -164,7 +168,7 @@ class Fetch:
                 for check in self.checks:
                     check(batch)
                 items = self.count(batch)
-                return Micro(batch, len(indices), len(indices) if items is None else items)
+                return Micro(batch, rows, rows if items is None else items)
         return self.make(self.rows(indices, epoch), indices.tolist(), epoch, position)
 
     def make(self, rows: Sequence[Any], numbers: Sequence[int], epoch: int, position: int) -> Micro:

@@ -40,8 +40,7 @@ def option(
     """
     bounds = [(">=", ge), (">", gt), ("<=", le), ("<", lt)]
     limits = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
-
-    metadata = {"help": help, "limits": limits, "choices": choices, "secret": secret}
+    shown: Callable[[Any], str] = (lambda _: "***") if secret else repr
 
     def check(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
         for part in value if isinstance(value, (list, tuple)) else [value]:
@@ -54,13 +53,22 @@ def option(
                     "<": lambda v, b: v < b,
                 }
                 if not number or not all(bound is None or tests[sign](part, bound) for sign, bound in bounds):
-                    raise ValueError(f"{attribute.name} must be a number {limits}. Received: {value!r}")
+                    raise ValueError(f"{attribute.name} must be a number {limits}. Received: {shown(value)}")
         if choices is not None and value not in choices:
             hint = nearest(value, map(str, choices)) if isinstance(value, str) else ""
-            raise ValueError(f"{attribute.name} must be one of {list(choices)}. Received: {value!r} {hint}".rstrip())
+            raise ValueError(
+                f"{attribute.name} must be one of {list(choices)}. Received: {shown(value)} {hint}".rstrip()
+            )
 
     start: dict[str, Any] = {"default": default} if factory is None else {"factory": factory}
-    return attrs.field(**start, validator=check, converter=converter, metadata=metadata, init=init)
+    return attrs.field(
+        **start,
+        validator=check,
+        converter=converter,
+        metadata={"help": help, "limits": limits, "choices": choices, "secret": secret},
+        init=init,
+        repr=not secret,
+    )
 
 
 @dataclass_transform(eq_default=False, field_specifiers=(attrs.field, option))

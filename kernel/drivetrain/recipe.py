@@ -197,8 +197,10 @@ class Recipe:
     def _make(self, cls: type, given: dict[str, Any], at: At) -> Any:
         """Return an instance with the options `given`, or blame every one that is not fine and return None."""
         who, fields, before = f"plugin {at[-1]!r}" if at[1:] else "[run]", option_fields(cls), len(self.problems)
+        hidden = any(field.metadata.get("secret") for field in fields.values())  # a misspelt one may hold the secret
         for key in [k for k in given if k not in fields]:
-            self._blame(f"{who} has no option {key!r}", given[key], nearest(key, fields), (*at, key), "unknown")
+            shown = "(not shown: it may be a secret)" if hidden else given[key]
+            self._blame(f"{who} has no option {key!r}", shown, nearest(key, fields), (*at, key), "unknown")
         unknown = len(self.problems)
         for key in [k for k, f in fields.items() if f.default is attrs.NOTHING and k not in given]:
             self._blame(f"{who} needs option {key!r}", None, _allowed(cls, fields[key]), at, "missing")
@@ -208,7 +210,10 @@ class Recipe:
         try:
             made = cls(**values)
         except (ValueError, TypeError) as error:
-            return self._blame(f"{who} refuses its options: {error}", given, at=at)
+            why = str(error)
+            for secret in [values[key] for key in values if fields[key].metadata.get("secret") and values[key]]:
+                why = why.replace(str(secret), "***")
+            return self._blame(f"{who} refuses its options: {why}", given, at=at)
         return made if len(self.problems) == before else None
 
     def _values(self, cls: type, given: dict[str, Any], who: str, at: At) -> dict[str, Any]:

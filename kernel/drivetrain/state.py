@@ -105,6 +105,7 @@ class Micro:
     bad: Sequence[str] = ()  # rows that were left out, each with its reason
     position: Any = None  # of a stream, after this micro-batch
     ends: bool = False  # a stream's epoch is over after it
+    number: int | None = None  # in an evaluation: which of this rank's micro-batches it is
 
 
 @attrs.define(eq=False, repr=False)

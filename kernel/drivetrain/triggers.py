@@ -59,12 +59,9 @@ class Trigger:
 
     def _passed(self, run: Run) -> int:
         progress = run.progress
-        if self.unit == "steps":
-            return int(progress.step // self.count)
-        if self.unit == "samples":
-            return int(progress.rows // self.count)
-        if self.unit == "tokens":
-            return int(progress.items // self.count)
+        counted = {"steps": progress.step, "samples": progress.rows, "tokens": progress.items}
+        if self.unit in counted:
+            return int(counted[self.unit] // self.count)
         if self.unit == "epochs":
             rows = run.rows_per_epoch
             if rows is None:  # a stream
@@ -87,11 +84,8 @@ class Trigger:
                 return False
             self._since = now
             return True
-        passed = self._passed(run)
-        if passed == self._seen:
-            return False
-        self._seen = passed
-        return True
+        before, self._seen = self._seen, self._passed(run)
+        return self._seen != before
 
     def __str__(self) -> str:
         """Write the trigger the way it is read."""

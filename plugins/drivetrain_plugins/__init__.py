@@ -8,6 +8,7 @@ from drivetrain.lazy import lazy_names
 
 if TYPE_CHECKING:
     from drivetrain_plugins.checkpoint.async_checkpoint import AsyncCheckpoint as AsyncCheckpoint
+    from drivetrain_plugins.checkpoint.average_checkpoints import AverageCheckpoints as AverageCheckpoints
     from drivetrain_plugins.checkpoint.checkpoint import Checkpoint as Checkpoint
     from drivetrain_plugins.checkpoint.preemption import Preemption as Preemption
     from drivetrain_plugins.checkpoint.save_on_error import SaveOnError as SaveOnError
@@ -44,9 +45,30 @@ if TYPE_CHECKING:
     from drivetrain_plugins.data.tokenize import Tokenize as Tokenize
     from drivetrain_plugins.data.torch_dataset import TorchDataset as TorchDataset
     from drivetrain_plugins.evaluate.accuracy import Accuracy as Accuracy
+    from drivetrain_plugins.evaluate.best_model import BestModel as BestModel
+    from drivetrain_plugins.evaluate.bleu import Bleu as Bleu
+    from drivetrain_plugins.evaluate.early_stopping import EarlyStopping as EarlyStopping
+    from drivetrain_plugins.evaluate.entity_f1 import EntityF1 as EntityF1
+    from drivetrain_plugins.evaluate.error_rate import ErrorRate as ErrorRate
     from drivetrain_plugins.evaluate.evaluate import Evaluate as Evaluate
+    from drivetrain_plugins.evaluate.evaluate_on_start import EvaluateOnStart as EvaluateOnStart
+    from drivetrain_plugins.evaluate.exact_match import ExactMatch as ExactMatch
+    from drivetrain_plugins.evaluate.f1 import F1 as F1
+    from drivetrain_plugins.evaluate.generate import Generate as Generate
+    from drivetrain_plugins.evaluate.metrics_function import MetricsFunction as MetricsFunction
+    from drivetrain_plugins.evaluate.perplexity import Perplexity as Perplexity
+    from drivetrain_plugins.evaluate.predict import Predict as Predict
+    from drivetrain_plugins.evaluate.regression import Regression as Regression
+    from drivetrain_plugins.evaluate.retrieval import Retrieval as Retrieval
+    from drivetrain_plugins.evaluate.rouge import Rouge as Rouge
+    from drivetrain_plugins.evaluate.torchmetrics import TorchMetrics as TorchMetrics
+    from drivetrain_plugins.export.export_gguf import ExportGGUF as ExportGGUF
     from drivetrain_plugins.export.export_hf import ExportHF as ExportHF
+    from drivetrain_plugins.export.export_onnx import ExportONNX as ExportONNX
     from drivetrain_plugins.export.export_safetensors import ExportSafetensors as ExportSafetensors
+    from drivetrain_plugins.export.export_torch import ExportTorch as ExportTorch
+    from drivetrain_plugins.export.hub import Hub as Hub
+    from drivetrain_plugins.export.model_card import ModelCard as ModelCard
     from drivetrain_plugins.loss.bce import BCE as BCE
     from drivetrain_plugins.loss.causal_lm_loss import CausalLMLoss as CausalLMLoss
     from drivetrain_plugins.loss.chunked_cross_entropy import ChunkedCrossEntropy as ChunkedCrossEntropy
@@ -56,6 +78,8 @@ if TYPE_CHECKING:
     from drivetrain_plugins.loss.model_loss import ModelLoss as ModelLoss
     from drivetrain_plugins.loss.mse import MSE as MSE
     from drivetrain_plugins.model.hf_model import HFModel as HFModel
+    from drivetrain_plugins.model.lora import LoRA as LoRA
+    from drivetrain_plugins.model.merge_lora import MergeLoRA as MergeLoRA
     from drivetrain_plugins.model.module import Module as Module
     from drivetrain_plugins.optim.adafactor import Adafactor as Adafactor
     from drivetrain_plugins.optim.adagrad import Adagrad as Adagrad
@@ -145,10 +169,13 @@ _HOME = {
     "AnyPrecisionAdamW": "optim.adamw_anyprecision",
     "Apollo": "optim.apollo",
     "AsyncCheckpoint": "checkpoint.async_checkpoint",
+    "AverageCheckpoints": "checkpoint.average_checkpoints",
     "BCE": "loss.bce",
     "BF16": "precision.bf16",
     "BadRows": "data.bad_rows",
     "BatchSizeSchedule": "control.batch_size_schedule",
+    "BestModel": "evaluate.best_model",
+    "Bleu": "evaluate.bleu",
     "BnbAdEMAMix": "optim.bnb_ademamix",
     "BnbAdamW": "optim.bnb_adamw",
     "BnbLion": "optim.bnb_lion",
@@ -169,14 +196,24 @@ _HOME = {
     "CrossEntropy": "loss.cross_entropy",
     "Curriculum": "order.curriculum",
     "EMA": "optim.ema",
+    "EarlyStopping": "evaluate.early_stopping",
+    "EntityF1": "evaluate.entity_f1",
+    "ErrorRate": "evaluate.error_rate",
     "Evaluate": "evaluate.evaluate",
+    "EvaluateOnStart": "evaluate.evaluate_on_start",
+    "ExactMatch": "evaluate.exact_match",
     "Exponential": "schedule.exponential",
+    "ExportGGUF": "export.export_gguf",
     "ExportHF": "export.export_hf",
+    "ExportONNX": "export.export_onnx",
     "ExportSafetensors": "export.export_safetensors",
+    "ExportTorch": "export.export_torch",
+    "F1": "evaluate.f1",
     "FP16": "precision.fp16",
     "Flatten": "collate.flatten",
     "Freeze": "optim.freeze",
     "GaLore": "optim.galore",
+    "Generate": "evaluate.generate",
     "GradientNoise": "optim.gradient_noise",
     "Greedy": "schedule.greedy",
     "GrokAdamW": "optim.grokadamw",
@@ -184,6 +221,7 @@ _HOME = {
     "GroupSchedules": "schedule.group_schedules",
     "HFDataset": "data.hf_dataset",
     "HFModel": "model.hf_model",
+    "Hub": "export.hub",
     "InverseSqrt": "schedule.inverse_sqrt",
     "Jsonl": "data.jsonl",
     "JsonlLog": "report.jsonl_log",
@@ -191,13 +229,17 @@ _HOME = {
     "LabelSmoothing": "loss.label_smoothing",
     "Linear": "schedule.linear",
     "Lion": "optim.lion",
+    "LoRA": "model.lora",
     "Loader": "data.loader",
     "Lomo": "optim.lomo",
     "Lookahead": "optim.lookahead",
     "LossFunction": "loss.loss_function",
     "MSE": "loss.mse",
     "MaskedLM": "collate.masked_lm",
+    "MergeLoRA": "model.merge_lora",
+    "MetricsFunction": "evaluate.metrics_function",
     "Mix": "data.mix",
+    "ModelCard": "export.model_card",
     "ModelLoss": "loss.model_loss",
     "Module": "model.module",
     "MultiStep": "schedule.multi_step",
@@ -213,8 +255,10 @@ _HOME = {
     "ParameterGroups": "optim.parameter_groups",
     "Parquet": "data.parquet",
     "PermutationLM": "collate.permutation_lm",
+    "Perplexity": "evaluate.perplexity",
     "Plateau": "schedule.plateau",
     "Polynomial": "schedule.polynomial",
+    "Predict": "evaluate.predict",
     "Preemption": "checkpoint.preemption",
     "PreferencePairs": "collate.preference_pairs",
     "Progress": "report.progress",
@@ -222,6 +266,9 @@ _HOME = {
     "RMSprop": "optim.rmsprop",
     "Random": "order.random",
     "Rebalance": "order.rebalance",
+    "Regression": "evaluate.regression",
+    "Retrieval": "evaluate.retrieval",
+    "Rouge": "evaluate.rouge",
     "Rows": "data.rows",
     "SAM": "optim.sam",
     "SGD": "optim.sgd",
@@ -246,6 +293,7 @@ _HOME = {
     "TokenClassification": "collate.token_classification",
     "Tokenize": "data.tokenize",
     "TorchDataset": "data.torch_dataset",
+    "TorchMetrics": "evaluate.torchmetrics",
     "UsedColumns": "data.columns",
     "Vision": "collate.vision",
     "WarmStart": "checkpoint.warm_start",

@@ -70,7 +70,8 @@ def train(  # noqa: PLR0912 - one rule after the other, as a hand-written loop h
         order: from an epoch to the numbers of its rows; a permutation from ("order", epoch), if None.
         bounds: from an epoch to the places in its order where micro-batches begin and end, instead of `batch_size`.
         groups: from the model to the groups that `optimizer` takes, instead of weights, and biases and norms undecayed.
-        prepares: each is called with the fresh model, before the optimizer is made.
+        prepares: each is called with the fresh model, before the optimizer is made; one may return another
+            model, of which only what requires gradients is given to the optimizer.
         gradients: from (model, a function that adds the gradients of the step) to nothing, instead of calling it.
         edits: each is called with (model, step) when the gradients are there, before they are limited; True skips the step.
         update: from (optimizer, a function that makes the gradients anew and returns the loss) to nothing.
@@ -81,11 +82,15 @@ def train(  # noqa: PLR0912 - one rule after the other, as a hand-written loop h
     torch.default_generator.manual_seed(derive_seed(seed, "model"))
     model = build_model()
     model.train()
+    learned = list(model.parameters())
     for prepare in prepares:
-        prepare(model)
+        adapted = prepare(model)
+        if adapted is not None:
+            model, learned = adapted, [p for p in adapted.parameters() if p.requires_grad]
     biases = {n for n, _ in model.named_parameters() if n.rpartition(".")[2] == "bias" or "norm" in n.lower()}
-    spared = [p for n, p in model.named_parameters() if n in biases]
-    decayed = [p for n, p in model.named_parameters() if n not in biases]
+    kept = {id(p) for p in learned}
+    spared = [p for n, p in model.named_parameters() if n in biases and id(p) in kept]
+    decayed = [p for n, p in model.named_parameters() if n not in biases and id(p) in kept]
     split = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
     updates = optimizer(groups(model) if groups else [group for group in split if group["params"]])
     taken = accumulation if callable(accumulation) else lambda step: accumulation

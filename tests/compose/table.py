@@ -172,6 +172,13 @@ def classes(smoothing=0.0, shift=None):
     return {"summed": loss, "shift": shift}
 
 
+def kit_loss(model, batch):
+    logits, labels = outputs(model, batch), batch["labels"]
+    if labels.shape == logits.shape:
+        return torch.nn.functional.cross_entropy(logits, labels)
+    return torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
+
+
 def mse(model, batch, shifts):
     return torch.square(outputs(model, batch) - batch["labels"]).sum()
 
@@ -246,11 +253,7 @@ TABLE = {
     "group-by-length": ordered,
     "inverse-sqrt": by_transformers("inverse_sqrt", timescale="timescale"),
     "label-smoothing": lambda plugin, folder: classes(plugin.epsilon),
-    "loss-function": lambda plugin, folder: {
-        "loss": lambda model, batch: torch.nn.functional.cross_entropy(
-            outputs(model, batch).flatten(0, -2), batch["labels"].flatten()
-        )
-    },
+    "loss-function": lambda plugin, folder: {"loss": kit_loss},
     "masked-lm": collates,
     "mix": read,
     "model-loss": unchanged,
@@ -309,6 +312,7 @@ for _file in sorted(Path(__file__).parent.glob("entries_*.py")):
 LIMITS = {"chunked-cross-entropy": 1e-6}  # how far weights may be from the loop's: it sums in another order
 LISTS = (
     "begins",
+    "adapts",
     "prepares",
     "edits",
     "afters",
@@ -318,19 +322,21 @@ LISTS = (
 def arguments(composition, folder, run=None):
     """Return the arguments of `reference.train` that stand for a composition.
 
-    A plugin's entry may hold, besides arguments of `reference.train`: "begins", called before any "prepares"; "collate", from (rows, generator) to a batch;
+    A plugin's entry may hold, besides arguments of `reference.train`: "begins", called before any "prepares"; "adapts", called between them; "collate", from (rows, generator) to a batch;
     "tokenized", from the source's rows to those that are collated; "summed", from (model, batch, whether labels are
     shifted) to a sum of item losses; and whether the collator, the order or the rows of `run` are taken.
     """
     found = {"count": counted}
-    # What a loss counts is the last word, wherever it stands in the list.
-    for name, plugin in sorted(composition.plugins.items(), key=lambda item: item[1].role == "loss"):
+    # What a loss counts is the last word, wherever it stands in the list; what follows an evaluation comes after all.
+    last = {"loss": 1, "evaluate": 2}
+    for name, plugin in sorted(composition.plugins.items(), key=lambda item: last.get(item[1].role, 0)):
         if name in TABLE:
             entry = TABLE[name](plugin, folder)
             for key in LISTS:
                 found.setdefault(key, []).extend(entry.pop(key, ()))
             found.update(entry)
-    found["prepares"] = [*found.pop("begins", ()), *found.get("prepares", ())]  # weights are given to a bare model
+    # Weights are given to a bare model, and others act on what adapters have made of it.
+    found["prepares"] = [*found.pop("begins", ()), *found.pop("adapts", ()), *found.get("prepares", ())]
     fetch = run.batches["train"].fetch if run is not None else None
     collate = found.pop("collate", None) or (lambda rows, draws: torch.utils.data.default_collate(rows))
     if found.pop("own_collator", False):

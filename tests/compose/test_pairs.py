@@ -1,4 +1,8 @@
-"""Every pair of first-party plugins is refused with a reason, or trains to what a hand-written loop gives, bit for bit."""
+"""Every pair of first-party plugins is refused with a reason, or trains to what a hand-written loop gives, bit for bit.
+
+Plugins that observe meet each other plugin in groups: one run with all of a group shows what each pair would. Where it is
+refused or differs, the group is halved, down to the pairs. `pytest -m slow tests/compose/test_pairs.py` runs those pairs alone.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from drivetrain import Catalogue, MissingDependency
+from drivetrain import Catalogue, DrivetrainError, MissingDependency
 from drivetrain.options import option_values
-from drivetrain.testing import BaseOptimizer, Composition, compose_pair, examples, first_party, refusal
+from drivetrain.testing import BaseOptimizer, Composition, complete, compose_pair, examples, first_party, refusal
+from drivetrain.testing.compose import owned
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `reference` and `table`, however the tests are collected
 
@@ -21,6 +26,38 @@ import table
 from drivetrain_plugins.schedule._warmup import Warmup
 
 NAMES = first_party()
+GROUP = 8
+
+
+def grouped():
+    """Return the observers in groups whose members need the same beside them, and of which none keeps another out."""
+    groups = []
+    for name in NAMES:
+        cls = Catalogue().entry(name).load()
+        own_words = [word for word in ("provides", "requires", "conflicts") if isinstance(getattr(cls, word), property)]
+        if cls.effect != "observes" or own_words:  # which depend on its options
+            continue
+        found = (
+            group for group in groups if len(group) < GROUP and not any(apart(cls, name, *one) for one in group.items())
+        )
+        group = next(found, None)
+        if group is None:
+            groups.append(group := {})
+        group[name] = cls
+    return [list(group) for group in groups]
+
+
+def apart(cls, name, other, other_cls):
+    """Tell whether two plugins need different runs, own the same operation or say that they conflict."""
+    if (cls.rows, cls.companions) != (other_cls.rows, other_cls.companions):
+        return True
+    words, others = {name, *cls.provides}, {other, *other_cls.provides}
+    both_own = owned([object.__new__(cls)]) & owned([object.__new__(other_cls)])
+    return bool(both_own or words & set(other_cls.conflicts) or others & set(cls.conflicts))
+
+
+GROUPS = grouped()
+IN_GROUPS = {name for members in GROUPS for name in members}
 PAIRS = list(itertools.combinations(NAMES, 2))
 # Refusals that can name no plugin.
 REASONS = {("pad", "text"): "the model returned no scalar loss"}
@@ -97,9 +134,7 @@ def test_the_oracle_can_tell():
         assert any(not torch.equal(base[key], changed[key]) for key in base), name
 
 
-@pytest.mark.parametrize(("first", "second"), PAIRS, ids=["+".join(pair) for pair in PAIRS])
-def test_pair(first, second, kit_folder, tmp_path):
-    """The pair is refused with a problem that says why, or its weights equal the hand-written loop's, in either order."""
+def check_pair(first, second, kit_folder, tmp_path):
     for order in ((first, second), (second, first)):
         plugins = examples({name: Catalogue().entry(name).load() for name in order}, kit_folder)
         outcome = compose_pair(*order, plugins, kit_folder, tmp_path / order[0])
@@ -112,6 +147,75 @@ def test_pair(first, second, kit_folder, tmp_path):
             assert (complaint := refusal(outcome.refused, plugins, first, second)) is None, complaint
             continue
         compare(outcome.run, outcome.composition, kit_folder)
-        wrapped = [set(a.wrappers) for a in outcome.run.plan.hooks.values()]
-        if not any({first, second} <= both for both in wrapped):
+        if not both_wrap(outcome.run, first, [second]):
             break  # the order can only matter where both wrap the same hook
+
+
+def both_wrap(run, name, others):
+    return any(name in acting.wrappers and set(others) & set(acting.wrappers) for acting in run.plan.hooks.values())
+
+
+def together(names, folder, output):
+    """Return the run of these plugins and its composition, or None where they cannot be composed."""
+    plugins = examples({name: Catalogue().entry(name).load() for name in names}, folder)
+    for pretrained in (False, True):
+        composition = complete(plugins, folder, pretrained=pretrained)
+        try:
+            return composition.fit(output / str(pretrained)), composition
+        except DrivetrainError:
+            continue
+    return None
+
+
+def check_group(name, members, folder, output):
+    """Train `name` with all of the others, first and last in the list; where that fails, with halves of them, then by pairs."""
+    if len(members) == 1:
+        check_pair(*sorted((name, *members)), folder, output)
+        return
+    for number, order in enumerate(([name, *members], [*reversed(members), name])):
+        made = together(order, folder, output / str(number))
+        try:
+            if made is not None:
+                compare(*made, folder)
+        except AssertionError:
+            made = None
+        if made is None:
+            half = len(members) // 2
+            check_group(name, members[:half], folder, output / "first")
+            check_group(name, members[half:], folder, output / "second")
+            return
+        if not both_wrap(made[0], name, members):
+            break
+
+
+ALONE = [pair for pair in PAIRS if not IN_GROUPS & set(pair)]
+SHOWN = [pair for pair in PAIRS if IN_GROUPS & set(pair)]
+
+
+@pytest.mark.parametrize(("first", "second"), ALONE, ids=["+".join(pair) for pair in ALONE])
+def test_pair(first, second, kit_folder, tmp_path):
+    """The pair is refused with a problem that says why, or its weights equal the hand-written loop's, in either order."""
+    check_pair(first, second, kit_folder, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), SHOWN, ids=["+".join(pair) for pair in SHOWN])
+def test_pair_with_an_observer(first, second, kit_folder, tmp_path):
+    """The pairs that groups show, one by one."""
+    check_pair(first, second, kit_folder, tmp_path)
+
+
+@pytest.mark.parametrize("group", range(len(GROUPS)))
+@pytest.mark.parametrize("name", NAMES)
+def test_with_observers(name, group, kit_folder, tmp_path):
+    """Beside a group of observers a plugin's weights equal the hand-written loop's; whoever it cannot be with is refused."""
+    members = [member for member in GROUPS[group] if member != name]
+    if members:
+        check_group(name, members, kit_folder, tmp_path)
+
+
+def test_every_pair_is_shown():
+    """Pairs and groups leave no pair of first-party plugins out."""
+    shown = {frozenset(pair) for pair in ALONE}
+    shown |= {frozenset((name, member)) for name in NAMES for members in GROUPS for member in members}
+    assert [pair for pair in PAIRS if frozenset(pair) not in shown] == []

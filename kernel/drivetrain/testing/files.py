@@ -20,7 +20,7 @@ CHAT = (
     "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}{{ message.content }} [SEP] "
     "{% endgeneration %}{% else %}[CLS] {{ message.content }} {% endif %}{% endfor %}"
 )
-MODULE = '''"""Rows, a loss and a model, for plugins that take importable functions."""
+MODULE = '''"""Rows, a loss, metrics and a model, for plugins that take importable functions."""
 
 import torch
 
@@ -37,7 +37,16 @@ def rows(split, kind="text"):
 def loss(outputs, batch):
     """Return the mean cross-entropy."""
     logits, labels = outputs["logits"], batch["labels"]
+    if labels.shape == logits.shape:  # a number for each output
+        return torch.nn.functional.cross_entropy(logits, labels)
     return torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
+
+
+def metrics(predictions, labels):
+    """Return the share of labels that are the largest logit."""
+    counted = labels != -100
+    best = predictions if predictions.shape == labels.shape else predictions.argmax(-1)
+    return {"hits": ((best == labels) & counted).sum() / max(1, counted.sum())}
 
 
 def build(dropout=0.1):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -59,13 +58,8 @@ class AverageCheckpoints:
         kept = getattr(_keeper(run), option_of)
         if kept < self.count:
             what = f"average-checkpoints takes the {self.which} {self.count}, and checkpoint keeps {kept}"
-            raise ConfigError(
-                [
-                    Problem(
-                        what, f"checkpoint.{option_of} = {kept}", f"set checkpoint.{option_of} = {self.count} or more"
-                    )
-                ]
-            )
+            do = f"set checkpoint.{option_of} = {self.count} or more"
+            raise ConfigError([Problem(what, f"checkpoint.{option_of} = {kept}", do)])
 
     @hookimpl
     def export_transforms(self, run: Run) -> list[Transform]:
@@ -81,7 +75,7 @@ class AverageCheckpoints:
                 f"average-checkpoints needs {self.count} checkpoints, and there are {len(names)} in "
                 f"{kept.shelf.where('')}: {', '.join(names) or 'none'}. Save more often, or lower `count`"
             )
-        made = copy.deepcopy(model)
+        made: torch.nn.Module = exports.remade(run, model, torch.clone)
         mean_into(made, (_saved.read(kept.shelf, name).tree["model"] for name in sorted(names)), len(names))
         log.info("average-checkpoints: the export holds the mean of %s", ", ".join(names))
         return made

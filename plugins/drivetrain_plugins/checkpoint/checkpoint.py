@@ -93,8 +93,8 @@ class Checkpoint:
         self._failures, self._stopping = 0, False
         self._built = _state.built_settings(run)
         split = self.metric.rpartition("/")[0]
-        if self.best and (run.plan.hooks["evaluate"].owner is None or split not in run.batches):
-            splits = [s for s in run.batches if s.startswith("evaluate")]
+        if self.best and (run.plan.hooks["evaluate"].owner is None or split not in _evaluated(run)):
+            splits = [s for s in _evaluated(run) if s.startswith("evaluate")]
             raise ConfigError(
                 f"checkpoint keeps the best by {self.metric!r}, but nothing evaluates {split!r}: add `evaluate` and "
                 f"that split, or name another metric. Received: splits to evaluate {splits}"
@@ -309,3 +309,8 @@ class Checkpoint:
 
 def _checkpoints(run: Run) -> Path:
     return Path(run.settings.output or "").absolute() / "checkpoints"
+
+
+def _evaluated(run: Run) -> list[str]:
+    """Return the splits that are measured, as far as is known when the run is assembled."""
+    return list(run.facts.get("evaluated_sets", run.batches))

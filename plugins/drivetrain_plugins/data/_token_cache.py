@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from drivetrain_plugins.data._encoding import Encoder
 
 log = logging.getLogger("drivetrain")
-VERSION = "drivetrain/tokenized/1"
+VERSION = "drivetrain/tokenized/2"
 
 
 @attrs.frozen
@@ -79,7 +79,8 @@ def save(path: Path, kept: Kept) -> None:
             arrays[f"{name}.json"] = np.frombuffer(b"".join(texts), np.uint8)
             arrays[f"{name}.ends"] = np.cumsum([len(text) for text in texts], dtype=np.int64)
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    about = {"version": VERSION, "bad": json.dumps(kept.bad), "dropped": str(kept.dropped)}
+    names = [] if kept.table is None else list(kept.table.columns)  # in the file arrays stand in an order of its own
+    about = {"version": VERSION, "bad": json.dumps(kept.bad), "dropped": str(kept.dropped), "names": json.dumps(names)}
     about["digest"] = _digest(arrays, about)
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_suffix(f".{os.getpid()}.tmp")
@@ -93,7 +94,7 @@ def save(path: Path, kept: Kept) -> None:
 
 def _digest(arrays: dict[str, Any], about: dict[str, str]) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for name in ("version", "bad", "dropped"):
+    for name in ("version", "bad", "dropped", "names"):
         digest.update(f"{name} {about[name]}\n".encode())
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
@@ -112,13 +113,17 @@ def load(path: Path) -> Kept | None:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         if about["version"] != VERSION or about["digest"] != _digest(arrays, about):
             raise ValueError("its digest differs")  # noqa: TRY301 - one damage among others
-        return Kept(_table(arrays), [(number, why) for number, why in json.loads(about["bad"])], int(about["dropped"]))
+        return Kept(
+            _table(arrays, json.loads(about["names"])),
+            [(number, why) for number, why in json.loads(about["bad"])],
+            int(about["dropped"]),
+        )
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         log.warning("tokenize: the cache %s is damaged (%s) and is made again", path, error)
         return None
 
 
-def _table(arrays: dict[str, Any]) -> Table | None:
+def _table(arrays: dict[str, Any], names: list[str]) -> Table | None:
     columns: dict[str, Any] = {}
     for full, array in arrays.items():
         name, _, kind = full.rpartition(".")
@@ -130,4 +135,4 @@ def _table(arrays: dict[str, Any]) -> Table | None:
             ends = arrays[f"{name}.ends"].tolist()
             raw = array.tobytes()
             columns[name] = [json.loads(raw[a:b]) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
-    return Table(columns) if columns else None
+    return Table({name: columns[name] for name in names}) if columns else None

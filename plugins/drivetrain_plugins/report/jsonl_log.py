@@ -7,21 +7,33 @@ import math
 from typing import IO, TYPE_CHECKING, Any
 
 from drivetrain import ConfigError, hookimpl, option, plugin
+from drivetrain_plugins.shared import samples
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Sequence
     from pathlib import Path
+
+    import pluggy
 
     from drivetrain import Run
 
 
 @plugin(role="report", effect="observes", provides=["log"])
 class JsonlLog:
-    """Write every log as one JSON line to OUTPUT/log.jsonl; non-finite numbers are written as strings."""
+    """Write every log as one JSON line to OUTPUT/log.jsonl; non-finite numbers are written as strings.
+
+    Samples of what the model makes, where a plugin such as `generate` shows some, go to OUTPUT/samples.jsonl.
+    """
 
     name: str = option("log.jsonl", help="file in the run's folder")
+    samples_name: str = option("samples.jsonl", help="file in the run's folder for samples, if there are any")
     _file: IO[str] | None = option(None, init=False)
     _resumed: bool = option(False, init=False)
+
+    @hookimpl
+    def add_hooks(self, manager: pluggy.PluginManager) -> None:
+        """Know the hook of samples."""
+        samples.add(manager)
 
     @hookimpl
     def assembled(self, run: Run) -> None:
@@ -52,7 +64,14 @@ class JsonlLog:
 
     def _open(self, run: Run) -> IO[str]:
         """Open the log, with what was logged up to the checkpoint in it; what came after will be logged again."""
-        file, kept = self._path(run), []
+        shown = self._path(run, self.samples_name)
+        if shown.exists():
+            self._cut(run, shown)
+        return self._cut(run, self._path(run, self.name)).open("a", encoding="utf-8", buffering=1)
+
+    def _cut(self, run: Run, file: Path) -> Path:
+        """Leave in a file what a resumed run had written up to its checkpoint."""
+        kept = []
         for line in file.read_text(encoding="utf-8").splitlines() if self._resumed and file.exists() else ():
             try:
                 row = json.loads(line)
@@ -63,7 +82,7 @@ class JsonlLog:
         fresh = file.with_name(f".{file.name}.new")
         fresh.write_text("".join(kept), encoding="utf-8")
         fresh.replace(file)  # the log is never half there
-        return file.open("a", encoding="utf-8", buffering=1)
+        return file
 
     @hookimpl
     def log(self, run: Run, metrics: dict[str, float]) -> None:
@@ -72,6 +91,14 @@ class JsonlLog:
             shown = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
             self._file.write(json.dumps({"step": run.progress.step, **shown}) + "\n")
 
-    def _path(self, run: Run) -> Path:
+    @hookimpl
+    def samples(self, run: Run, split: str, rows: Sequence[dict[str, Any]]) -> None:
+        """Write a line for each sample."""
+        if self._file is not None:
+            lines = [json.dumps({"step": run.progress.step, "split": split, **row}) + "\n" for row in rows]
+            with self._path(run, self.samples_name).open("a", encoding="utf-8") as file:
+                file.write("".join(lines))
+
+    def _path(self, run: Run, name: str) -> Path:
         assert run.settings.output is not None  # refused when assembled
-        return run.settings.output / self.name
+        return run.settings.output / name

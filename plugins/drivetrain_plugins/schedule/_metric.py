@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -17,31 +16,6 @@ if TYPE_CHECKING:
     from drivetrain import Run
 
 METRIC = '"loss", "accuracy"; of a named evaluation set: "evaluate/NAME:loss"'
-DIRECTION = '"min" or "max" is better; "auto" knows it from the name'
-FALLING = {
-    "loss", "error", "err", "perplexity", "ppl", "nll", "mse", "rmse", "mae", "mape", "wer", "cer", "ter", "bpb", "bpc",
-    "distance", "divergence", "brier", "ece",
-}  # fmt: skip
-RISING = {
-    "accuracy", "acc", "f1", "precision", "recall", "auc", "auroc", "auprc", "map", "ap", "bleu", "sacrebleu", "rouge",
-    "rouge1", "rouge2", "rougel", "meteor", "chrf", "mcc", "r2", "pearson", "spearman", "iou", "dice", "match", "em",
-    "reward", "score", "ndcg", "mrr",
-}  # fmt: skip
-
-
-def direction_of(name: str, direction: str) -> str:
-    """Return "min" or "max".
-
-    Raises:
-        ValueError: it is "auto", and the name does not say.
-    """
-    if direction != "auto":
-        return direction
-    words = set(re.split(r"[^a-z0-9]+", name.lower()))
-    falls, rises = bool(words & FALLING), bool(words & RISING)
-    if falls == rises:
-        raise ValueError(f'which way is better for this metric? Give direction = "min" or "max". Received: {name!r}')
-    return "min" if falls else "max"
 
 
 @attrs.define
@@ -73,7 +47,7 @@ class Follower:
         """
         split, _ = self.place
         if split not in run.batches:
-            sets = [name for name in run.batches if name != "train"]
+            sets = [name for name in run.batches if name.startswith("evaluate")]
             what = f"{self.plugin}: there is no evaluation set {split!r}"
             do = 'name one of the sets: metric = "evaluate/NAME:loss"' if sets else "give evaluation data"
             raise ConfigError([Problem(what, f"metric={self.metric!r}; sets: {sets}", do, kind="missing")])

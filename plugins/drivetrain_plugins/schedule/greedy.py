@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from drivetrain import ConfigError, Problem, hookimpl, option, plugin
-from drivetrain_plugins.schedule._metric import DIRECTION, METRIC, Follower, direction_of
+from drivetrain_plugins.schedule._metric import METRIC, Follower
 from drivetrain_plugins.schedule._warmup import HELP, Warmup
+from drivetrain_plugins.shared.directions import DIRECTION, direction_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

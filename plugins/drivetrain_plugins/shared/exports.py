@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from drivetrain import collect
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import pluggy
-    import torch
 
     from drivetrain import Run
 
@@ -40,6 +45,21 @@ def bare(model: Any) -> Any:
             model = model.module
         else:
             return model
+
+
+def remade(run: Run, model: torch.nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Return a copy of `model` that holds `change(tensor)` for each parameter and buffer; what is tied stays tied.
+
+    Where `change` returns its argument the memory is shared, so the copy costs the modules and configuration alone.
+    Hooks that plugins have hung on modules go on pointing to the plugins: neither they nor the run are copied.
+    """
+    kept = (run, run.hooks, run.plan, *run.plugins.values())
+    memo: dict[int, Any] = {id(each): each for each in kept}
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        made = change(tensor.detach())
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        memo[id(tensor)] = torch.nn.Parameter(made, requires_grad=False) if is_parameter else made
+    return copy.deepcopy(model, memo)
 
 
 def export_model(run: Run) -> torch.nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import torch
 from plugin_helpers import BATCH, CLASSES, FEATURES, Record, as_rows, assert_same_weights, columns, fit, net
 
 from drivetrain import ConfigError, Micro, Run, Trainer, hookimpl
-from drivetrain_plugins import SGD, AdamW, Evaluate, Loader, Pad
+from drivetrain.testing.ranks import run_ranks
+from drivetrain_plugins import SGD, AdamW, Checkpoint, Evaluate, Loader, Pad
 
 VOCABULARY = 11
 
@@ -51,22 +53,95 @@ def mean_by_hand(rows, shift):
     return math.fsum(losses) / len(losses)
 
 
+class Build:
+    """Build a model of tokens, with the labels shifted or not."""
+
+    provides = ("data-parallel",)  # nothing is trained
+
+    def __init__(self, shift):
+        self.shift = shift
+
+    @hookimpl
+    def build_model(self, run):
+        run.shifted_labels = self.shift
+        return Tokens(self.shift)
+
+
 @pytest.mark.parametrize("shift", [False, True], ids=["token labels", "shifted labels"])
 def test_loss_is_the_mean_over_items_whatever_the_batch_size(shift, tokenizer):
-    """The loss weighs items, so that batches of 1, 4 and 17 rows give the closed form."""
-
-    class Build:
-        @hookimpl
-        def build_model(self, run):
-            run.shifted_labels = shift
-            return Tokens(shift)
-
+    """The loss weighs items, so that batches of 1, 3, 8 and 17 rows give the closed form."""
     rows = token_rows()
-    for size in (1, 4, 17):
-        plugins = [Build(), Pad(tokenizer), Loader(3, evaluate_batch_size=size), SGD(), Evaluate()]
+    for size in (1, 3, 8, 17):
+        plugins = [Build(shift), Pad(tokenizer), Loader(3, evaluate_batch_size=size), SGD(), Evaluate()]
         trainer = Trainer(plugins=plugins, steps=1)
         trainer.assemble(rows, rows)
         assert trainer.evaluate()["loss"] == pytest.approx(mean_by_hand(rows, shift), abs=1e-12)
+
+
+def ragged(rows):
+    """Fill rows up to the longest one, as a collator does that needs no tokenizer."""
+    longest = max(len(row["labels"]) for row in rows)
+    filled = {"input_ids": 0, "labels": -100}
+    return {k: torch.tensor([row[k] + [v] * (longest - len(row[k])) for row in rows]) for k, v in filled.items()}
+
+
+class Ragged:
+    """A plugin that collates so."""
+
+    @hookimpl
+    def build_collator(self, run):
+        return ragged
+
+
+def on_ranks(rows):
+    found = []
+    for shift in (False, True):
+        for size in (1, 3, 8):
+            plugins = [Build(shift), Ragged(), Loader(8, evaluate_batch_size=size), SGD(), Evaluate()]
+            trainer = Trainer(plugins=plugins, steps=1, device="cpu")
+            trainer.assemble(rows, rows)
+            found.append(trainer.evaluate()["loss"])
+    return found
+
+
+def test_ranks_share_the_items():
+    """Two ranks whose last batches differ, one of which may be empty, give the closed form, and the same number."""
+    rows = token_rows()
+    first, second = run_ranks(on_ranks, rows)
+    assert first == second
+    by_hand = [mean_by_hand(rows, shift) for shift in (False, True) for _ in range(3)]
+    assert first == pytest.approx(by_hand, abs=1e-12)
+
+
+def test_items_that_are_counted_on_the_device():
+    """A loss plugin may count items in a tensor: the mean is the same."""
+
+    class Count:
+        @hookimpl
+        def build_count(self, run):
+            return lambda batch: (batch["labels"] != -100).sum()
+
+    rows = token_rows()
+    trainer = Trainer(Tokens(), [Ragged(), Loader(3), Count(), SGD(), Evaluate()], steps=1, device="cpu")
+    trainer.assemble(rows, rows)
+    assert trainer.evaluate()["loss"] == pytest.approx(mean_by_hand(rows, False), abs=1e-12)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_shown(value):
+    """A loss of which a batch is infinite or no number is what it is: neither hidden nor an error."""
+
+    class Odd(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def forward(self, features, labels):
+            loss = self.net(features, labels)["loss"]
+            return {"loss": loss if self.training or len(labels) == 8 else loss * 0 + value}
+
+    _, record = fit(Odd(), [SGD(), Evaluate()], columns(), columns(9), steps=1)
+    assert record.of("evaluate/loss") == pytest.approx([value], nan_ok=True)
 
 
 def test_a_split_without_labels_has_no_loss(tokenizer):
@@ -139,7 +214,10 @@ def test_modes_gradients_and_streams_are_put_back(seeded):
     """Modules that trained train again, frozen ones stay frozen; gradients and generators are as they were."""
     run = assembled(DrawingNet(), columns(), Drawing(9))
     run.model.batch_norm.eval()
+    run.model.net.norm.requires_grad_(False)
     run.model.net.first.weight.grad = torch.ones_like(run.model.net.first.weight)
+    flags = [p.requires_grad for p in run.model.parameters()]
+    buffers = [b.clone() for b in run.model.buffers()]
     seeded()
     torch.manual_seed(3)
     before = [m.training for m in run.model.modules()]
@@ -148,6 +226,8 @@ def test_modes_gradients_and_streams_are_put_back(seeded):
     assert [m.training for m in run.model.modules()] == before
     assert torch.equal(run.model.net.first.weight.grad, torch.ones_like(run.model.net.first.weight))
     assert run.model.net.last.weight.grad is None
+    assert [p.requires_grad for p in run.model.parameters()] == flags
+    assert all(torch.equal(a, b) for a, b in zip(buffers, run.model.buffers(), strict=True))
     assert torch.equal(torch.get_rng_state(), state[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == state[1:]  # noqa: NPY002
 
@@ -204,6 +284,10 @@ def test_model_is_evaluated_without_dropout_and_gradients():
         ({}, 12, [5, 10, 12]),  # an epoch is 5 steps
         ({"every": "0.5 epochs"}, 5, [3, 5]),
         ({"every": "100 steps", "at_end": False}, 5, []),
+        ({"every": "2 steps", "delay": "5 steps"}, 9, [6, 8, 9]),
+        ({"every": "2 steps", "delay": "4 steps"}, 6, [4, 6]),
+        ({"every": "3 steps", "delay": "1 epoch", "at_end": False}, 10, [6, 9]),
+        ({"every": "1 step", "delay": "100 steps", "at_start": True}, 3, [0, 3]),
     ],
 )
 def test_moments(options, steps, moments):
@@ -268,6 +352,124 @@ def test_a_requested_evaluation_comes_at_the_step_boundary():
     plugins = [SGD(), Evaluate(every="100 steps", at_end=False), Ask(), record]
     Trainer(net(), plugins, steps=4).fit(columns(), columns(CLASSES))
     assert [step for step, metrics in record.logs if "evaluate/loss" in metrics] == [2]
+
+
+def test_a_request_does_not_wait():
+    """An evaluation that is asked for comes at once, whatever `delay` says; one that is due waits."""
+
+    class Ask:
+        @hookimpl
+        def step_end(self, step):
+            if step.number == 1:
+                step.run.request_evaluate("a test")
+
+    _, record = fit(net(), [SGD(), Evaluate(every="1 step", delay="4 steps"), Ask()], columns(), columns(8), steps=5)
+    assert [step for step, metrics in record.logs if "evaluate/loss" in metrics] == [2, 4, 5]
+
+
+def test_a_resumed_run_waits_as_long(tmp_path):
+    """The delay is counted from the start of training, not from where a run went on."""
+    plugins = [SGD(), Evaluate(every="2 steps", delay="5 steps"), Checkpoint(every="3 steps", on_change="accept")]
+    Trainer(net(), plugins, steps=3, output=tmp_path).fit(columns(), columns(8))
+    record = Record()
+    Trainer(net(), [*plugins, record], steps=8, output=tmp_path).fit(columns(), columns(8), resume=True)
+    assert [step for step, metrics in record.logs if "evaluate/loss" in metrics] == [6, 8]
+
+
+def test_the_chosen_sets_are_evaluated():
+    """`sets` takes names as they were given or as they are logged, at every occasion; the others are left alone."""
+    data = {"near": columns(9, seed=5), "far": columns(3, seed=6), "train": columns(4)}
+    plugin = Evaluate(every="1 step", sets=["evaluate/train", "near"], at_start=True)
+    trainer, record = fit(net(), [SGD(), plugin], columns(), data, steps=2)
+    seen = [next(iter(metrics)) for _, metrics in record.logs if "loss" not in metrics]
+    assert seen == ["evaluate/near/loss", "evaluate/train/loss"] * 3
+    assert "loss" in trainer.evaluate("evaluate/far")
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        ("naer", r"no evaluation set 'naer'\W+received: sets: \['near', 'far'\]\W+do: did you mean 'near'"),
+        ([], "no set is chosen"),
+    ],
+)
+def test_sets_that_are_not_there_are_refused(sets, message):
+    """Before step 0, an unknown set is told with those there are."""
+    with pytest.raises(ConfigError, match=message):
+        fit(net(), [SGD(), Evaluate(sets=sets)], columns(), {"near": columns(9), "far": columns(3)}, steps=1)
+
+
+@pytest.mark.parametrize("delay", ["10 minutes", "0 steps", "4 stepz"])
+def test_a_delay_that_cannot_be_kept_is_refused(delay):
+    """Time would be another one after resuming, and nothing comes after 0 steps."""
+    with pytest.raises(ValueError, match=r"resumed run differs|must be positive|did you mean"):
+        Evaluate(delay=delay)
+
+
+def test_rows_to_predict_are_not_scored():
+    """A split that starts with "predict" goes through the model and the metrics in evaluation mode, without a loss."""
+    seen, losses = [], []
+    unlabelled = {"features": columns(9)["features"]}
+
+    class Scores(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net(dropout=0.9)
+
+        def forward(self, features, labels=None):
+            return self.net(features, torch.zeros(len(features), dtype=torch.int64) if labels is None else labels)
+
+    class Data:
+        facts: ClassVar = {"splits": ["predict"]}
+
+        @hookimpl
+        def build_dataset(self, run, split):
+            run.facts["splits"] = ["predict"]
+            data = {"predict": unlabelled, "train": columns(), "evaluate": columns(8)}
+            return as_rows(data[split])
+
+        @hookimpl(wrapper=True)
+        def compute_loss(self, micro):
+            losses.append(sorted(micro.batch))
+            return (yield)
+
+        @hookimpl
+        def metrics(self, run, split):
+            return [self]
+
+        def update(self, micro):
+            seen.append(micro.outputs["logits"])
+
+        def compute(self):
+            return {"batches": float(len(seen))}
+
+    trainer, record = fit(Scores(), [SGD(), Data(), Evaluate(at_end=False)], None, steps=1)
+    losses.clear()
+    assert trainer.evaluate("predict") == {"batches": 2.0}
+    assert losses == []
+    trainer.run.model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat(seen), trainer.run.model(**unlabelled)["logits"])
+    assert record.of("evaluate/loss") == []
+
+
+def test_it_is_evaluated_before_the_save_of_the_same_step(tmp_path):
+    """A checkpoint of a step that is evaluated comes after the evaluation, and after the plugins that hear of it."""
+    order = []
+
+    class Hear:
+        @hookimpl
+        def evaluated(self, run):
+            order.append(("evaluated", run.progress.step))
+
+        @hookimpl(wrapper=True)
+        def save(self, run):
+            order.append(("save", run.progress.step))
+            return (yield)
+
+    plugins = [SGD(), Checkpoint(every="2 steps"), Evaluate(every="2 steps"), Hear()]
+    Trainer(net(), plugins, steps=3, output=tmp_path).fit(columns(), columns(8))
+    assert order == [(what, step) for step in (2, 3) for what in ("evaluated", "save")]
 
 
 def test_a_moment_that_cannot_be_read_is_refused():

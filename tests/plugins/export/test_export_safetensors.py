@@ -8,9 +8,8 @@ from plugin_helpers import CLASSES, Crash, assert_same_weights, columns, fit, ne
 from safetensors import safe_open
 from safetensors.torch import load_file, load_model
 
-from drivetrain import ConfigError, Run
+from drivetrain import ConfigError, Trainer
 from drivetrain_plugins import SGD, ExportSafetensors
-from drivetrain_plugins.export.export_safetensors import write
 
 
 class Tied(torch.nn.Module):
@@ -29,13 +28,35 @@ class Tied(torch.nn.Module):
         )
 
 
+def written(model, path, **options):
+    """Export a model as it is, and return it as the run has it."""
+    trainer = Trainer(model, [SGD(), ExportSafetensors(at_end=False, **options)], steps=1, device="cpu")
+    trainer.assemble(columns())
+    trainer.export("safetensors", path)
+    return trainer.run.model
+
+
 def test_file_holds_the_module_s_state(tmp_path):
-    """The writer, called by hand: every parameter and buffer, bit for bit, under its own name."""
-    model = net()
-    write(Run(model=model), tmp_path / "model.safetensors")
+    """Every parameter and buffer, bit for bit, under its own name; the header says what wrote it."""
+    model = written(net(), tmp_path / "model.safetensors")
     stored = load_file(tmp_path / "model.safetensors")
     assert set(stored) == set(model.state_dict())
     assert all(torch.equal(stored[name], tensor) for name, tensor in model.state_dict().items())
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_are_cast_and_the_run_s_are_not(dtype, tmp_path):
+    """With `dtype` the file holds what torch's own cast gives; counters stay integers, tied weights stay one."""
+    trainer, _ = fit(Tied(), [SGD(lr=0.1), ExportSafetensors(dtype=dtype)], columns(), steps=2, output=tmp_path)
+    assert {p.dtype for p in trainer.run.model.parameters()} == {torch.float32}
+    fresh = Tied().to(getattr(torch, dtype))
+    assert load_model(fresh, tmp_path / "model.safetensors") == (set(), [])
+    assert_same_weights(fresh, trainer.run.model.to(getattr(torch, dtype)))
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored["scale.num_batches_tracked"].dtype == torch.int64
+    assert len(stored.keys() & {"embed.weight", "head.weight"}) == 1
 
 
 def test_weights_that_lie_otherwise_in_memory_are_stored(tmp_path):
@@ -43,7 +64,7 @@ def test_weights_that_lie_otherwise_in_memory_are_stored(tmp_path):
     model = net()
     with torch.no_grad():
         model.last.weight = torch.nn.Parameter(torch.randn(10, CLASSES).t())
-    write(Run(model=model), tmp_path / "model.safetensors")
+    written(model, tmp_path / "model.safetensors")
     assert torch.equal(load_file(tmp_path / "model.safetensors")["last.weight"], model.last.weight)
 
 
@@ -90,7 +111,7 @@ def test_an_older_file_stays_when_writing_fails(tmp_path, monkeypatch):
     trainer, _ = fit(net(), [SGD(lr=0.1), ExportSafetensors()], columns(), steps=2, output=tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
 
-    def full(model, path):
+    def full(model, path, **_):
         with open(path, "w") as file:  # noqa: PTH123
             file.write("half")
         raise OSError(28, "No space left on device")
