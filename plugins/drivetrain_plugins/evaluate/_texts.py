@@ -17,6 +17,15 @@ if TYPE_CHECKING:
     from drivetrain import Run
 
 
+# With what the kit lets a metric of texts act: a causal model that goes on with its rows' first tokens.
+COMPANIONS: dict[str, dict[str, Any]] = {
+    "generate": {"max_new_tokens": 2, "prompt_tokens": 2, "limit": 4},
+    "hf-model": {"path": "{kit}/causal", "task": "causal-lm"},
+    "causal-lm": {},
+    "causal-lm-loss": {},
+}
+
+
 class TextMetric(Protocol):
     """A metric of generated texts; lives for one pass over one split."""
 

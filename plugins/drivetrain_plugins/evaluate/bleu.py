@@ -47,12 +47,7 @@ class StreamingScore:
     effect="observes",
     requires=["texts"],
     rows="copies",
-    companions={
-        "generate": {"max_new_tokens": 2, "prompt_tokens": 2, "limit": 4},
-        "hf-model": {"path": "{kit}/causal", "task": "causal-lm"},
-        "causal-lm": {},
-        "causal-lm-loss": {},
-    },
+    companions=_texts.COMPANIONS,
 )
 class Bleu:
     """Measure the n-grams shared with the references, over the set as one corpus: BLEU, and chrF if wanted."""

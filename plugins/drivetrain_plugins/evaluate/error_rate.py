@@ -61,12 +61,7 @@ class StreamingErrorRate:
     effect="observes",
     requires=["texts"],
     rows="copies",
-    companions={
-        "generate": {"max_new_tokens": 2, "prompt_tokens": 2, "limit": 4},
-        "hf-model": {"path": "{kit}/causal", "task": "causal-lm"},
-        "causal-lm": {},
-        "causal-lm-loss": {},
-    },
+    companions=_texts.COMPANIONS,
 )
 class ErrorRate:
     """Measure the edits a set's texts need, over the length of its references (CER, WER)."""

@@ -59,12 +59,7 @@ class StreamingExactMatch:
     effect="observes",
     requires=["texts"],
     rows="copies",
-    companions={
-        "generate": {"max_new_tokens": 2, "prompt_tokens": 2, "limit": 4},
-        "hf-model": {"path": "{kit}/causal", "task": "causal-lm"},
-        "causal-lm": {},
-        "causal-lm-loss": {},
-    },
+    companions=_texts.COMPANIONS,
 )
 class ExactMatch:
     """Measure how often the generated text is the reference."""

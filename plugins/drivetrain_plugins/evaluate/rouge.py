@@ -40,12 +40,7 @@ class StreamingRouge:
     effect="observes",
     requires=["texts"],
     rows="copies",
-    companions={
-        "generate": {"max_new_tokens": 2, "prompt_tokens": 2, "limit": 4},
-        "hf-model": {"path": "{kit}/causal", "task": "causal-lm"},
-        "causal-lm": {},
-        "causal-lm-loss": {},
-    },
+    companions=_texts.COMPANIONS,
 )
 class Rouge:
     """Measure the words (rouge1), pairs (rouge2) and longest subsequence (rougeL) shared with the reference.

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from drivetrain_plugins.shared.exports import bare
+
 if TYPE_CHECKING:
     from drivetrain import Run
 
 
 def unwrapped(model: Any) -> Any:
     """Return the model inside the wrappers of peft, torch.compile and parallel training."""
-    while True:
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # noqa: SLF001 - where torch.compile keeps it
-        elif type(model).__name__.endswith("DataParallel"):
-            model = model.module
-        else:
-            return model
+    while hasattr(model := bare(model), "get_base_model"):
+        model = model.get_base_model()
+    return model
 
 
 def attends_back(model: Any) -> bool:
