@@ -51,8 +51,11 @@ def perform(work, log: Path, *inject: str) -> Ended:
     there.close()
     with here:
         tracer = _attach(child, log, inject)
-        here.send(b"!")
-        answer = here.recv(65536)  # nothing, if it was killed
+        try:
+            here.send(b"!")
+            answer = here.recv(65536)  # nothing, if it was killed
+        except ConnectionError:  # before it had read that it may begin
+            answer = b""
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     tracer.stderr.close()
     tracer.wait(timeout=30)
