@@ -15,7 +15,7 @@ import torch
 from drivetrain import ConfigError, Problem, require
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     Groups = Iterable[list[dict[str, Any]]]
 
@@ -82,7 +82,7 @@ class RowsFile:
         pa, parquet = (require(name, extra="hf", plugin=self._plugin) for name in ("pyarrow", "pyarrow.parquet"))
         count = 0
         try:
-            schemas = [pa.Table.from_pylist(plain_rows(rows)).schema for rows in groups()]
+            schemas = [pa.Table.from_pylist(_same_keys(plain_rows(rows))).schema for rows in groups()]
             schema = pa.unify_schemas(schemas, promote_options="permissive")
             with parquet.ParquetWriter(self._fresh, schema) as file:
                 for rows in groups():
@@ -109,7 +109,15 @@ def checked(path: str | Path, plugin: str) -> Path:
     if path.suffix not in SUFFIXES:
         what = f"{plugin}: the file's suffix says how rows are written"
         raise ConfigError([Problem(what, str(path), f"end its name with one of {', '.join(SUFFIXES)}")])
+    if path.suffix == ".parquet":
+        require("pyarrow.parquet", extra="hf", plugin=plugin)
     return path
+
+
+def _same_keys(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give every row all keys: Arrow takes those of the first and drops the others."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return [{**keys, **row} for row in rows]
 
 
 def probe(path: str | Path, plugin: str) -> None:

@@ -26,6 +26,10 @@ STORED = "recipe.json"
 WEIGHTS = "model.safetensors"
 
 
+# What these do to weights has been done to those of an export: it must not be done again.
+IN_EXPORTS = ("warm-start", "lora", "merge-lora", "average-checkpoints")
+
+
 @attrs.frozen
 class Subject:
     """A run that is assembled and holds the weights to look at."""
@@ -104,6 +108,8 @@ def opened(
         else:
             loaded = Recipe.load(recipe)
             weights = _weights(subject, loaded)
+            done = [name for name in loaded.as_dict()["plugins"] if name.partition(":")[0] in IN_EXPORTS]
+            loaded.change(without=done)
         named = [name.partition(":")[0] for name in loaded.as_dict()["plugins"]]
         loaded.change([*changes, f"run.output={json.dumps(scratch)}"], [n for n in ("predict",) if n not in named])
         trainer = loaded.trainer()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from drivetrain import ConfigError, Problem, Trigger, hookimpl, option, plugin
+from drivetrain import ConfigError, Problem, TrainingError, Trigger, hookimpl, option, plugin
 from drivetrain.errors import nearest
 from drivetrain.loop import evaluate as evaluate_split
 from drivetrain_plugins.evaluate import _beginning
@@ -106,7 +106,14 @@ class Evaluate:
         loss, items = totals.tolist()
         result = {"loss": loss / items} if items else {}
         for metric in metrics:
-            result.update(metric.compute())
+            made = metric.compute()
+            if twice := sorted(result.keys() & made.keys()):
+                raise TrainingError(
+                    f"evaluate: two metrics of this run are called {', '.join(twice)}. "
+                    f"Received: {type(metric).__name__} as the second. "
+                    "Give one of their plugins another name or prefix, or take one out"
+                )
+            result.update(made)
         return result
 
     @staticmethod
@@ -118,7 +125,7 @@ class Evaluate:
         total, items = torch.zeros((), dtype=torch.float64, device=run.device), 0
         for number, micro in enumerate(run.micros(split)):
             num_items = micro.num_items
-            if scored and num_items == 0:  # its mean would be 0/0
+            if micro.batch is None or (scored and num_items == 0):  # others have more rows; a mean would be 0/0
                 continue
             micro.run, micro.number = run, number
             prepare(micro)

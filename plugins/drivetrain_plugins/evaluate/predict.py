@@ -195,9 +195,12 @@ class Predict:
         self._collector = None
         if self.to is None:
             return
+        to = self.to
         for split in self.chosen(run):
             self.check(run, split)
-        to = self.to
+            if self.columns and str(to).endswith(".jsonl"):  # now, and not after training
+                value = _columns_of(run, split, self.columns, self._raw)
+                _rows_out.as_json({name: value(0, name) for name in self.columns})
         from_rank_0(run, "predict", lambda: _rows_out.probe(to, "predict"))
 
     @hookimpl(wrapper=True, trylast=True)  # inside of who puts averages into the model; hooks are still open

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from drivetrain import ConfigError, DrivetrainError, Exporter, Problem, hookimpl
-from drivetrain_plugins.export._paths import target
+from drivetrain_plugins.export._paths import refuse_loss, target
 from drivetrain_plugins.shared import exports
 
 if TYPE_CHECKING:
@@ -84,7 +84,11 @@ class AtEnd:
         return target(run, self.to, self.default, self.plugin)
 
     def _check_place(self, run: Run) -> None:
-        place = self.place(run).absolute()
+        place, output = self.place(run).absolute(), run.settings.output
+        if output is not None and (place == output or place in output.parents):
+            what = f"{self.plugin}: the export would replace the run's own folder"
+            raise ConfigError([Problem(what, str(place), "name a folder or file inside it, or elsewhere")])
+        refuse_loss(place, folder=not self.suffix)
         others = {n: p for n, p in run.plugins.items() if isinstance(p, AtEnd) and p is not self and p.at_end}
         for name, other in others.items():
             if other.place(run).absolute() == place:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from drivetrain import Run
 
+PARTS = {"additional_chat_templates"}  # folders that transformers makes inside an export
+
 
 def target(run: Run, to: str | None, name: str, plugin: str) -> Path:
     """Return the export's path: `to`, or `name` in the run's folder."""
@@ -38,6 +40,7 @@ def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
         _remove(fresh)
         _remove(old)
         write(fresh)
+        refuse_loss(path, folder=fresh.is_dir())
         _open_by_umask(fresh)
         if path.is_dir() or (path.exists() and fresh.is_dir()):  # only a file replaces a file in one call
             path.rename(old)
@@ -46,6 +49,22 @@ def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
     except OSError as error:
         do = "choose another place, or make room there"
         raise ConfigError([Problem(f"the export {path} cannot be written", str(error), do)]) from error
+
+
+def refuse_loss(path: Path, *, folder: bool) -> None:
+    """Refuse to put an export in the place of a folder that is no earlier export of a model.
+
+    Raises:
+        ConfigError: other files would be lost.
+    """
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    model = any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
+    others = [inside.name for inside in path.iterdir() if inside.is_dir() and inside.name not in PARTS]
+    if not folder or not model or others:
+        received = ", ".join(sorted(inside.name for inside in path.iterdir())[:8])
+        what = f"the export would replace the folder {path}, which is no earlier export"
+        raise ConfigError([Problem(what, f"it holds {received}", "choose another place, or remove the folder")])
 
 
 def _open_by_umask(path: Path) -> None:

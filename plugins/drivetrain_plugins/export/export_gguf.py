@@ -68,6 +68,26 @@ class ExportGGUF(AtEnd):
             received = type(run.processor).__name__
             raise ConfigError([Problem(f"{self.plugin} writes byte-level BPE tokenizers only", received, do)])
 
+    def rehearse(self, run: Run) -> None:
+        """Refuse weights that the format has no name for, and tokens that the model does not have."""
+        if not self.at_end:
+            return
+        library: Any = require("gguf", plugin=self.plugin, extra="gguf")
+        model: Any = export_model(run)
+        names = self._names(library, model.config)
+        for key in model.state_dict():
+            _named(names, key)
+        size = model.config.vocab_size
+        if self.tokenizer and (largest := max(run.processor.get_vocab().values())) >= size:
+            what = f"{self.plugin}: the tokenizer has more tokens than the model"
+            do = "resize the model's embeddings to the tokenizer, or set export-gguf.tokenizer = false"
+            raise ConfigError([Problem(what, f"token {largest} of {size}", do)])
+
+    @staticmethod
+    def _names(library: Any, config: Any) -> Any:
+        arch = getattr(library.MODEL_ARCH, ARCHITECTURES[config.model_type][0].upper())
+        return library.get_tensor_name_map(arch, config.num_hidden_layers)
+
     def write(self, run: Run, path: Path) -> None:
         """Save weights, configuration and tokenizer to the file `path`."""
         replace_whole(path, lambda file: self._write(run, file))
@@ -81,12 +101,9 @@ class ExportGGUF(AtEnd):
         _describe(writer, config, run)
         if self.tokenizer:
             self._add_tokenizer(library, writer, run.processor, config.vocab_size)
-        names = library.get_tensor_name_map(getattr(library.MODEL_ARCH, name.upper()), config.num_hidden_layers)
+        names = self._names(library, config)
         for key, array in _tensors(model, config, turned=turned):
-            found = names.get_name(key, try_suffixes=(".weight", ".bias"))
-            if found is None:
-                raise ConfigError([Problem(f"{self.plugin}: GGUF has no name for the weight", key, "use export-hf")])
-            self._add(library, writer, found, array)
+            self._add(library, writer, _named(names, key), array)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -113,6 +130,15 @@ class ExportGGUF(AtEnd):
         writer.add_token_list(tokens)
         writer.add_token_types(kinds)
         special.add_to_gguf(writer, quiet=True)
+
+
+def _named(names: Any, key: str) -> str:
+    """Return GGUF's name of a weight."""
+    found = names.get_name(key, try_suffixes=(".weight", ".bias"))
+    if found is None:
+        do = "add merge-lora where the model has adapters; else use export-hf"
+        raise ConfigError([Problem("export-gguf: GGUF has no name for the weight", key, do)])
+    return str(found)
 
 
 def _merges(processor: Any) -> list[Any] | None:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drivetrain import ConfigError, DrivetrainError, Problem, TrainingError, hookimpl, option, plugin, require
+from drivetrain import ConfigError, Problem, TrainingError, hookimpl, option, plugin, require
 from drivetrain_plugins.export import _card
 from drivetrain_plugins.export._exporting import NotExportedError
 from drivetrain_plugins.export._hub_upload import Job, Repository, Uploader, allowed, hold, is_allowed, on_first_rank
@@ -135,7 +135,7 @@ class Hub:
                 self._put_snapshot(run, uploader, name)
             else:
                 self._put_checkpoint(uploader, Path(path))
-        except (OSError, DrivetrainError) as error:  # no disk for it, or its files went: training goes on
+        except Exception as error:  # noqa: BLE001 - no disk, its files went, or a library's own: training goes on
             uploader.fail(name, error)
 
     # --- the parts -----------------------------------------------------------------------------------------------
@@ -153,17 +153,17 @@ class Hub:
     def _put_exports(self, run: Run, uploader: Uploader) -> None:
         """Add what the run's exporters and its card have written."""
         files: dict[str, Path] = {}
-        for place in [e.path for e in _card.exports_of(run)] + [_card.card_folder(run)]:
-            for inside, file in self._files_of(run, place).items():
+        for export in _card.exports_of(run):
+            for inside, file in self._files_of(export.path).items():
                 files.setdefault(inside, file)
+        card = _card.card_folder(run) / "README.md"  # what else lies beside it is no export
+        if is_allowed(card, card.name, self.allow):
+            files.setdefault(card.name, card)
         if files:
             folder = hold(files, uploader.place("exports"))
             uploader.put(Job("the exports", folder, message=f"Upload the model after step {run.progress.step}"))
 
-    def _files_of(self, run: Run, place: Path) -> dict[str, Path]:
-        if place == run.settings.output:  # a card without an export folder; the rest of it is no export
-            card = place / "README.md"
-            return {"README.md": card} if is_allowed(card, card.name, self.allow) else {}
+    def _files_of(self, place: Path) -> dict[str, Path]:
         if not place.is_dir():
             return {place.name: place} if is_allowed(place, place.name, self.allow) else {}
         return {inside: place / inside for inside in allowed(place, self.allow)}
@@ -175,7 +175,7 @@ class Hub:
         scratch, folder = uploader.place(f"{name}.export"), uploader.place(name)
         made = scratch / (f"model{exporters[format_].suffix}" if exporters[format_].suffix else "model")
         exporters[format_].write(run, made)
-        hold(self._files_of(run, made), folder)
+        hold(self._files_of(made), folder)
         shutil.rmtree(scratch, ignore_errors=True)
         uploader.put(Job("the newest save's export", folder, newest=True, message=f"Upload the model of {name}"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -11,9 +12,9 @@ import pytest
 import torch
 from plugin_helpers import BATCH, CLASSES, FEATURES, Record, as_rows, assert_same_weights, columns, fit, net
 
-from drivetrain import ConfigError, Micro, Run, Trainer, hookimpl
+from drivetrain import ConfigError, Micro, Run, Trainer, TrainingError, hookimpl
 from drivetrain.testing.ranks import run_ranks
-from drivetrain_plugins import SGD, AdamW, Checkpoint, Evaluate, Loader, Pad
+from drivetrain_plugins import SGD, Accuracy, AdamW, Checkpoint, Evaluate, Loader, Pad
 
 VOCABULARY = 11
 
@@ -482,3 +483,33 @@ def test_a_run_without_evaluation_data_is_refused():
     """Before step 0, an evaluation of nothing is told what is missing and what to do."""
     with pytest.raises(ConfigError, match="no evaluation data"):
         fit(net(), [SGD(), Evaluate()], columns(), None, steps=1)
+
+
+class Twice:
+    """A metric under a name that another has, too."""
+
+    def update(self, micro):
+        pass
+
+    def compute(self):
+        return {"accuracy": 0.0}
+
+
+class Twin:
+    @hookimpl
+    def metrics(self, run):
+        return [Twice()]
+
+
+def test_two_metrics_of_one_name_are_refused():
+    """A number never takes the place of another: the name and the second's kind are told."""
+    with pytest.raises(TrainingError, match=r"called accuracy\. Received: Twice"):
+        fit(net(), [SGD(), Evaluate(), Accuracy(), Twin()], columns(), evaluate=columns(), steps=1)
+
+
+@pytest.mark.parametrize("split", ["evaluate", "predict"])
+def test_a_rank_without_rows_passes_over_the_batch(split):
+    """Where the other ranks have all rows of a batch, the model is not called with nothing."""
+    run = Trainer(net(), [SGD(), Evaluate(at_end=False)], device="cpu").assemble(columns(), columns(), steps=1)
+    run.batches[split] = SimpleNamespace(iterate=lambda *_: iter([Micro(None, 0, 0)]))
+    assert run.hooks.evaluate(run, split) == {}

@@ -216,3 +216,15 @@ def test_what_cannot_be_looked_at_is_refused(folder, tmp_path):
     ):
         assert said in call(*arguments, status=2).stderr, arguments
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.jsonl", "empty", "file", "other.safetensors"]
+
+
+def test_an_export_is_measured_with_its_own_weights(folder, tmp_path):
+    """What a recipe's warm-start or adapters did is in the export: it is not done again over its weights."""
+    other = tmp_path / "other.safetensors"
+    weights = load_file(folder / "plain" / "model.safetensors")
+    save_file({name: torch.zeros_like(tensor) for name, tensor in weights.items()}, other)
+    text = (folder / "module.toml").read_text()
+    (tmp_path / "warm.toml").write_text(f'{text}\n[plugins.warm-start]\npath = "{other}"\nstrict = false\n')
+    export = folder / "plain" / "model.safetensors"
+    first = json.loads(call("evaluate", export, folder / "module.toml", "--json").stdout)
+    assert json.loads(call("evaluate", export, tmp_path / "warm.toml", "--json").stdout) == first

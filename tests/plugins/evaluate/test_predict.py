@@ -459,3 +459,23 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path):
     with pytest.raises(ConfigError, match="cannot be written as JSON"), RowsFile(tmp_path / "o.jsonl") as file:
         file.write(lambda: [[{"a": 1}, {"a": b"x"}]])
     assert [p.name for p in tmp_path.iterdir()] == ["out.parquet"]
+
+
+def test_parquet_has_the_columns_of_every_row(tmp_path):
+    """A key that only a later row of a group has is a column, too."""
+    with RowsFile(tmp_path / "out.parquet") as file:
+        file.write(lambda: [[{"a": 1}, {"a": 2, "b": 0.5}]])
+    assert read_rows(tmp_path / "out.parquet", "test") == [{"a": 1, "b": None}, {"a": 2, "b": 0.5}]
+
+
+def test_a_column_that_is_no_json_is_told_before_training(kit, tmp_path):
+    """Dates cannot be written as JSON lines: that is known before the first step."""
+    import datetime as dt
+
+    rows = [{**row, "when": dt.date(2026, 1, 1)} for row in kit_rows("text", 8)]
+    predict = Predict(to=str(tmp_path / "out.jsonl"), columns=["when"])
+    plugins = [hf_model(kit), Tokenize(), Pad(), Loader(4), SGD(lr=0.05), Evaluate(), predict]
+    trainer = Trainer(plugins=plugins, steps=2, device="cpu")
+    with pytest.raises(ConfigError, match="cannot be written as JSON"):
+        trainer.fit(rows, rows)
+    assert trainer.run.progress.step == 0

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from drivetrain import ConfigError, Trainer
-from drivetrain_plugins import AdamW, CausalLM, ExportGGUF, Loader
+from drivetrain_plugins import AdamW, CausalLM, ExportGGUF, Loader, LoRA
 
 SIZES = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -112,3 +112,17 @@ def test_other_tokenizers_are_refused(tokenizer, tmp_path):
     plugins = [AdamW(), CausalLM(tokenizer=tokenizer), ExportGGUF()]
     with pytest.raises(ConfigError, match=r"export-gguf\.tokenizer = false"):
         Trainer(model, plugins, output=tmp_path).fit([{"input_ids": [1, 2, 3]}] * 4, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("extra", "size", "message"), [(LoRA, 300, "no name for the weight"), (None, 200, "more tokens")]
+)
+def test_what_cannot_be_named_is_told_before_training(extra, size, message, tokenizer, tmp_path):
+    """Adapters that nobody merges, and tokens that the model lacks, are refused before step 0."""
+    config = transformers.AutoConfig.for_model("llama", **{**SIZES, "vocab_size": size})
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    plugins = [AdamW(), CausalLM(tokenizer=tokenizer), WithTokenizer(tokenizer), ExportGGUF()]
+    trainer = Trainer(model, [*plugins, *([extra(rank=2)] if extra else [])], output=tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        trainer.fit([{"input_ids": [1, 2, 3]}] * 4, steps=1)
+    assert trainer.run.progress.step == 0

@@ -70,6 +70,7 @@ def test_an_older_export_is_replaced_whole(bert_folder, tmp_path):
     target = tmp_path / "model"
     target.mkdir()
     (target / "of_another_model.bin").write_text("old")
+    (target / "config.json").write_text("{}")
     trainer = train(bert_folder, tmp_path / "run", to=str(target))
     assert not (target / "of_another_model.bin").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "run"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from plugin_helpers import assert_same_weights, columns, cpu_run, fit, net
@@ -9,6 +11,7 @@ from safetensors.torch import load_file
 
 from drivetrain import ConfigError, Trainer, hookimpl
 from drivetrain_plugins import SGD, ExportONNX, ExportSafetensors, ExportTorch
+from drivetrain_plugins.export._paths import replace_whole
 from drivetrain_plugins.shared.exports import remade
 
 
@@ -103,3 +106,47 @@ def test_a_copy_shares_what_is_not_changed():
     assert_same_weights(shared, model)
     shared(**columns(2))
     assert watcher.seen == 1
+
+
+@pytest.mark.parametrize("place", ["run", "."])
+def test_the_runs_folder_is_no_place_for_an_export(place, tmp_path, monkeypatch):
+    """An export in place of the run's own folder, or of one above it, is refused before step 0; nothing is lost."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    trainer = Trainer(net(), [SGD(), ExportSafetensors(to=place)], output=tmp_path / "run")
+    with pytest.raises(ConfigError, match="replace the run's own folder"):
+        trainer.fit(columns(), steps=1)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_folder_of_other_files_is_not_replaced(tmp_path):
+    """An export never takes the place of a folder that is none: before training, and when it is asked for later."""
+    other = tmp_path / "models"
+    (other / "another").mkdir(parents=True)
+    (other / "another" / "weights.bin").write_text("mine")
+    trainer = Trainer(net(), [SGD(), ExportSafetensors(to=str(other))], output=tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"no earlier export(.|\n)*it holds another"):
+        trainer.fit(columns(), steps=1)
+    trainer = Trainer(net(), [SGD(), ExportSafetensors()], output=tmp_path / "run")
+    trainer.fit(columns(), steps=1)
+    with pytest.raises(ConfigError, match="no earlier export"):
+        trainer.export("safetensors", other)
+    assert (other / "another" / "weights.bin").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("inside", "kept"), [("config.json", False), ("config.json sub/file", True), ("notes.txt", True)]
+)
+def test_what_a_folder_of_a_model_may_replace(inside, kept, tmp_path):
+    """A model's folder replaces one of a model without folders in it, and nothing else."""
+    for name in inside.split():
+        (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "model" / name).write_text("old")
+
+    def write(folder):
+        folder.mkdir()
+        (folder / "config.json").write_text("new")
+
+    with pytest.raises(ConfigError, match="no earlier export") if kept else contextlib.nullcontext():
+        replace_whole(tmp_path / "model", write)
+    assert all((tmp_path / "model" / name).read_text() == ("old" if kept else "new") for name in inside.split())

@@ -356,3 +356,31 @@ def test_it_only_observes(tmp_path, server):
     with_it = train(tmp_path / "a", uploads(server, when="checkpoint"), Checkpoint(every="2 steps"))
     without = fit(net(), [SGD(lr=0.1)], columns(), steps=6)[0]
     assert_same_weights(with_it.run.model, without.run.model)
+
+
+def test_what_lies_beside_the_card_is_not_uploaded(tmp_path, server, monkeypatch):
+    """A card in a folder of other files goes up by itself: the folder is no export."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("credentials.json", "data/customers.json", "notes.txt"):
+        (tmp_path / name).write_text("mine")
+    train(tmp_path / "run", uploads(server), ModelCard(to="."))
+    assert set(server.files("me/m")) - {".gitattributes"} == {"README.md", "model.safetensors"}
+
+
+def test_any_error_of_a_snapshot_leaves_the_training_alone(tmp_path, server, monkeypatch):
+    """A library's own error, as safetensors raises on a full disk, is told at the end and ends no run."""
+    from safetensors import SafetensorError
+
+    real, calls = ExportSafetensors.write, []
+
+    def full(plugin, run, path):
+        calls.append(path)
+        if len(calls) == 1:
+            raise SafetensorError("No space left on device")
+        return real(plugin, run, path)
+
+    monkeypatch.setattr(ExportSafetensors, "write", full)
+    trainer = train(tmp_path, uploads(server, when="every-save"), Checkpoint(every="3 steps"))
+    assert trainer.run.progress.step == 6
+    assert len(calls) >= 3
