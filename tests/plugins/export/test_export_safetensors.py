@@ -89,12 +89,11 @@ def test_export_on_request(tmp_path):
 
 @pytest.mark.parametrize("folder", [False, True])
 def test_what_stands_at_the_target_is_replaced(folder, tmp_path):
-    """A file or folder of an older export makes way, and nothing is left beside the new one."""
+    """An older file or an empty folder makes way, and nothing is left beside the new one."""
     target = tmp_path / "here" / "weights.safetensors"
     target.parent.mkdir()
     if folder:
         target.mkdir()
-        (target / "old").touch()
     else:
         target.write_text("old")
     trainer, _ = fit(net(), [SGD(lr=0.1), ExportSafetensors(to=str(target))], columns(), steps=2)
