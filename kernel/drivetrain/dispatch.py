@@ -36,6 +36,11 @@ class Manager(pluggy.PluginManager):
             raise RuntimeError(f"plugin {name!r} cannot be registered: the run has started and its hooks are frozen")
         return super().register(plugin, name)
 
+    def add_hookspecs(self, module_or_class: Any) -> None:
+        """Declare hooks as pluggy does; a class that another plugin of the run has brought is passed over."""
+        if not any(self.spec_of(name) in vars(module_or_class).values() for name in self.names):
+            super().add_hookspecs(module_or_class)
+
     def parse_hookimpl_opts(self, plugin: object, name: str) -> Any:
         """Leave out the kernel's default where the operation has an owner.
 

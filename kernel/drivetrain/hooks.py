@@ -101,7 +101,8 @@ class Hooks:
         """Bring hooks of your own, before anyone is registered: `manager.add_hookspecs(MySpecs)`.
 
         `MySpecs` is a class whose methods are declared with `operation()`, `event()` or `collect`; the kernel then
-        checks and freezes their implementations like its own. Call them as `run.hooks.NAME(...)`.
+        checks and freezes their implementations like its own. Call them as `run.hooks.NAME(...)`. Several plugins may
+        bring the same class: who fires its hooks and who listens to them.
         """
 
     @operation()

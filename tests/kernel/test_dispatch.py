@@ -325,3 +325,37 @@ def test_example_settings_name_the_kit(kit_dir):
     """The example of a plugin becomes an instance whose files exist."""
     assert kit_dir.joinpath("text-train.jsonl").is_file()
     assert example("jsonl", kit_dir).train == str(kit_dir / "text-train.jsonl")
+
+
+def test_two_plugins_may_bring_the_same_hooks():
+    """Who fires a hook and who hears it bring one class; another class with a hook of that name is refused."""
+
+    class Specs:
+        @event()
+        def squeezed(self, run, amount):
+            """Hear of it."""
+
+    class Others:
+        @event()
+        def squeezed(self, run, amount):
+            """Hear of something else."""
+
+    heard = []
+
+    class Brings:
+        def __init__(self, specs=Specs):
+            self.specs = specs
+
+        @hookimpl
+        def add_hooks(self, manager):
+            manager.add_hookspecs(self.specs)
+
+        @hookimpl
+        def squeezed(self, amount):
+            heard.append(amount)
+
+    run = make_run(("brings:a", Brings()), ("brings:b", Brings()))
+    run.hooks.squeezed(run, 5)
+    assert heard == [5, 5]
+    with pytest.raises(ValueError, match="squeezed"):
+        make_run(("brings:a", Brings()), ("brings:b", Brings(Others)))

@@ -45,7 +45,7 @@ class AverageCheckpoints:
     @hookimpl
     def add_hooks(self, manager: pluggy.PluginManager) -> None:
         """Declare what exporters ask."""
-        exports.add(manager)
+        manager.add_hookspecs(exports.ExportHooks)
 
     @hookimpl
     def assembled(self, run: Run) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import attrs
 import torch
 
-from drivetrain import collect
+from drivetrain import collect, hookimpl
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,16 +37,19 @@ class TextMetric(Protocol):
 
 
 class TextHooks:
-    """A hook of `generate` and of the metrics of what it makes: `add_hooks` of both calls `add`."""
+    """A hook of `generate` and of the metrics of what it makes: `add_hooks` of both adds it."""
 
     @collect
     def text_metrics(self, run: Run, split: str) -> Any:
         """Return a list of `TextMetric`, fresh for this evaluation."""
 
 
-def add(manager: pluggy.PluginManager) -> None:
-    """Declare the hook, unless another plugin of the run has."""
-    if not hasattr(manager.hook, "text_metrics"):
+class OfTexts:
+    """The hook that every plugin of metrics of texts brings."""
+
+    @hookimpl
+    def add_hooks(self, manager: pluggy.PluginManager) -> None:
+        """Know the hook of texts."""
         manager.add_hookspecs(TextHooks)
 
 

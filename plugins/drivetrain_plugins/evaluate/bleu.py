@@ -10,8 +10,6 @@ from drivetrain import ConfigError, Problem, hookimpl, option, plugin, require
 from drivetrain_plugins.evaluate import _texts
 
 if TYPE_CHECKING:
-    import pluggy
-
     from drivetrain import Run
 
 
@@ -49,7 +47,7 @@ class StreamingScore:
     rows="copies",
     companions=_texts.COMPANIONS,
 )
-class Bleu:
+class Bleu(_texts.OfTexts):
     """Measure the n-grams shared with the references, over the set as one corpus: BLEU, and chrF if wanted."""
 
     tokenize: str = option("13a", help='how sacrebleu splits words: "13a", "intl", "char", "none", ...')
@@ -57,11 +55,6 @@ class Bleu:
     smooth: str = option("exp", choices=["exp", "floor", "add-k", "none"], help="what is done to counts of 0")
     chrf: bool = option(False, help="measure chrF2, of n-grams of characters, too")
     _made: tuple[tuple[str, Any], ...] = option((), init=False)
-
-    @hookimpl
-    def add_hooks(self, manager: pluggy.PluginManager) -> None:
-        """Know the hook of texts."""
-        _texts.add(manager)
 
     @hookimpl
     def assembled(self, run: Run) -> None:  # noqa: ARG002

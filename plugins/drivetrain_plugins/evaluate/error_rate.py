@@ -13,8 +13,6 @@ from drivetrain_plugins.evaluate import _texts
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import pluggy
-
     from drivetrain import Run
 
 UNITS = ("character", "word", "token")
@@ -63,15 +61,10 @@ class StreamingErrorRate:
     rows="copies",
     companions=_texts.COMPANIONS,
 )
-class ErrorRate:
+class ErrorRate(_texts.OfTexts):
     """Measure the edits a set's texts need, over the length of its references (CER, WER)."""
 
     unit: str = option("word", choices=UNITS, help='"word" and "token" lie between spaces; they differ in name only')
-
-    @hookimpl
-    def add_hooks(self, manager: pluggy.PluginManager) -> None:
-        """Know the hook of texts."""
-        _texts.add(manager)
 
     @hookimpl
     def text_metrics(self, run: Run) -> list[StreamingErrorRate]:

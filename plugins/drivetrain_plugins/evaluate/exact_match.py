@@ -14,8 +14,6 @@ from drivetrain_plugins.evaluate import _texts
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import pluggy
-
     from drivetrain import Run
 
 PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -61,15 +59,10 @@ class StreamingExactMatch:
     rows="copies",
     companions=_texts.COMPANIONS,
 )
-class ExactMatch:
+class ExactMatch(_texts.OfTexts):
     """Measure how often the generated text is the reference."""
 
     normalize: str = option("strip", choices=list(NORMALIZED), help="what is done to both texts before")
-
-    @hookimpl
-    def add_hooks(self, manager: pluggy.PluginManager) -> None:
-        """Know the hook of texts."""
-        _texts.add(manager)
 
     @hookimpl
     def text_metrics(self, run: Run) -> list[StreamingExactMatch]:

@@ -129,8 +129,8 @@ class Generate:
     @hookimpl
     def add_hooks(self, manager: pluggy.PluginManager) -> None:
         """Bring the hooks of texts and of samples."""
-        _texts.add(manager)
-        samples.add(manager)
+        manager.add_hookspecs(_texts.TextHooks)
+        manager.add_hookspecs(samples.SampleHooks)
 
     @hookimpl
     def assembled(self, run: Run) -> None:

@@ -10,8 +10,6 @@ from drivetrain import ConfigError, Problem, hookimpl, option, plugin, require
 from drivetrain_plugins.evaluate import _texts
 
 if TYPE_CHECKING:
-    import pluggy
-
     from drivetrain import Run
 
 
@@ -42,7 +40,7 @@ class StreamingRouge:
     rows="copies",
     companions=_texts.COMPANIONS,
 )
-class Rouge:
+class Rouge(_texts.OfTexts):
     """Measure the words (rouge1), pairs (rouge2) and longest subsequence (rougeL) shared with the reference.
 
     Words are runs of the letters a to z and digits, as in the original; other scripts have none.
@@ -53,11 +51,6 @@ class Rouge:
     )
     use_stemmer: bool = option(False, help="compare the stems of English words (Porter)")
     _scorer: Any = option(None, init=False)
-
-    @hookimpl
-    def add_hooks(self, manager: pluggy.PluginManager) -> None:
-        """Know the hook of texts."""
-        _texts.add(manager)
 
     @hookimpl
     def assembled(self, run: Run) -> None:  # noqa: ARG002

@@ -23,8 +23,6 @@ from drivetrain_plugins.export._paths import target
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    import pluggy
-
     from drivetrain import Run
 
 PIPELINES = {
@@ -58,12 +56,6 @@ class CardHooks:
     @event()
     def exported(self, run: Run) -> None:
         """Hear, on rank 0, that the exports of the run's end are written and will be uploaded next."""
-
-
-def add(manager: pluggy.PluginManager) -> None:
-    """Declare the hook, unless another plugin of the run has."""
-    if not hasattr(manager.hook, "exported"):
-        manager.add_hookspecs(CardHooks)
 
 
 @attrs.frozen

@@ -42,7 +42,7 @@ class AtEnd:
     @hookimpl
     def add_hooks(self, manager: pluggy.PluginManager) -> None:
         """Bring the hook with which plugins change what is exported."""
-        exports.add(manager)
+        manager.add_hookspecs(exports.ExportHooks)
 
     @hookimpl
     def assembled(self, run: Run) -> None:

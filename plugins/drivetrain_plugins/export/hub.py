@@ -68,7 +68,7 @@ class Hub:
     @hookimpl
     def add_hooks(self, manager: pluggy.PluginManager) -> None:
         """Bring `exported`, which a model card listens to."""
-        _card.add(manager)
+        manager.add_hookspecs(_card.CardHooks)
 
     @hookimpl
     def assembled(self, run: Run) -> None:

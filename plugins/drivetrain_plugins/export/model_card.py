@@ -41,7 +41,7 @@ class ModelCard:
     @hookimpl
     def add_hooks(self, manager: pluggy.PluginManager) -> None:
         """Bring `exported`, with which an upload asks for the card."""
-        _card.add(manager)
+        manager.add_hookspecs(_card.CardHooks)
 
     @hookimpl
     def assembled(self, run: Run) -> None:

@@ -32,7 +32,7 @@ class MergeLoRA:
     @hookimpl
     def add_hooks(self, manager: pluggy.PluginManager) -> None:
         """Bring `export_transforms`."""
-        exports.add(manager)
+        manager.add_hookspecs(exports.ExportHooks)
 
     @hookimpl
     def export_transforms(self, run: Run) -> list[Transform]:

@@ -33,7 +33,7 @@ class JsonlLog:
     @hookimpl
     def add_hooks(self, manager: pluggy.PluginManager) -> None:
         """Know the hook of samples."""
-        samples.add(manager)
+        manager.add_hookspecs(samples.SampleHooks)
 
     @hookimpl
     def assembled(self, run: Run) -> None:

@@ -27,7 +27,7 @@ class TensorBoard:
     @hookimpl
     def add_hooks(self, manager: pluggy.PluginManager) -> None:
         """Know the hook of samples."""
-        samples.add(manager)
+        manager.add_hookspecs(samples.SampleHooks)
 
     @hookimpl
     def assembled(self, run: Run) -> None:

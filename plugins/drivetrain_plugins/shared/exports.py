@@ -13,13 +13,11 @@ from drivetrain import collect
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import pluggy
-
     from drivetrain import Run
 
 
 class ExportHooks:
-    """Hooks that exporters bring: `add_hooks` of an exporter, and of whoever implements one, calls `add`."""
+    """Hooks that exporters bring: `add_hooks` of an exporter, and of whoever implements one, adds them."""
 
     @collect
     def export_transforms(self, run: Run) -> Any:
@@ -28,12 +26,6 @@ class ExportHooks:
         `apply` gets the model (without the wrappers of compilation and parallel training) and returns the one to write;
         it must leave the run's own model as it is. Averaged weights are in the model by then.
         """
-
-
-def add(manager: pluggy.PluginManager) -> None:
-    """Declare the hooks, unless another plugin of the run has."""
-    if not hasattr(manager.hook, "export_transforms"):
-        manager.add_hookspecs(ExportHooks)
 
 
 def bare(model: Any) -> Any:

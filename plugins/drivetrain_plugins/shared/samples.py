@@ -9,13 +9,11 @@ from drivetrain import event
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import pluggy
-
     from drivetrain import Run
 
 
 class SampleHooks:
-    """A hook of plugins that make samples and of those that show them: `add_hooks` of both calls `add`."""
+    """A hook of plugins that make samples and of those that show them: `add_hooks` of both adds it."""
 
     @event()
     def samples(self, run: Run, split: str, rows: Sequence[dict[str, Any]]) -> None:
@@ -23,9 +21,3 @@ class SampleHooks:
 
         `generate` gives {"input", "prediction", "reference"}.
         """
-
-
-def add(manager: pluggy.PluginManager) -> None:
-    """Declare the hook, unless another plugin of the run has."""
-    if not hasattr(manager.hook, "samples"):
-        manager.add_hookspecs(SampleHooks)

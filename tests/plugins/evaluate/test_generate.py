@@ -29,8 +29,8 @@ class Texts:
 
     @hookimpl
     def add_hooks(self, manager):
-        _texts.add(manager)
-        samples.add(manager)
+        manager.add_hookspecs(_texts.TextHooks)
+        manager.add_hookspecs(samples.SampleHooks)
 
     @hookimpl
     def text_metrics(self, run, split):

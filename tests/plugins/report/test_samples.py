@@ -17,7 +17,7 @@ class Show:
 
     @hookimpl
     def add_hooks(self, manager):
-        samples.add(manager)
+        manager.add_hookspecs(samples.SampleHooks)
 
     @hookimpl
     def evaluated(self, run, split, metrics):
