@@ -260,7 +260,7 @@ class Defaults:
         votes, reasons = self._hooks.agree(run, run.votes), run.reasons
         run.votes, run.reasons = 0, {}
         if votes & EVALUATE and self._answered(run, "evaluate", reasons.get(EVALUATE)):
-            for split in run.facts.get("evaluated_sets", [s for s in run.batches if s.startswith("evaluate")]):
+            for split in run.evaluated:
                 evaluate(run, split)
             if run.votes or run.world_size > 1:  # asked for in `evaluated`: it concerns this step's weights
                 votes, reasons = votes | self._hooks.agree(run, run.votes), {**run.reasons, **reasons}

@@ -190,23 +190,19 @@ def _signature(function: Callable[..., Any], hook: str, opts: Any, manager: Mana
 
 
 def _acting(manager: Manager, hook: str) -> Acting:
+    from drivetrain.loop import Defaults  # noqa: PLC0415 - keeps torch out of what only needs the names
+
     impls = list(reversed(getattr(manager.hook, hook).get_hookimpls()))
     acting = Acting(manager.spec_of(hook).drivetrain_kind)
     acting.wrappers = [i.plugin_name for i in impls if i.wrapper]
     plain = [i.plugin_name for i in impls if not i.wrapper]
     if acting.kind == "operation":
-        acting.owner = plain[0] if plain else "drivetrain" if _has_default(hook) else None
+        acting.owner = plain[0] if plain else "drivetrain" if hasattr(Defaults, hook) else None
     else:
         acting.listeners = plain
     if any(i.tryfirst or i.trylast for i in impls):
         acting.reason = "list order, except tryfirst/trylast"
     return acting
-
-
-def _has_default(hook: str) -> bool:
-    from drivetrain.loop import Defaults  # noqa: PLC0415 - keeps torch out of what only needs the names
-
-    return hasattr(Defaults, hook)
 
 
 def _about(plugin: object, catalogue: Catalogue) -> dict[str, Any]:

@@ -185,6 +185,11 @@ class Run:
         return self.batches["train"].rows_per_epoch
 
     @property
+    def evaluated(self) -> list[str]:
+        """Splits that are evaluated: those whose names begin with "evaluate", or what the fact says, by a plugin."""
+        return self.facts.get("evaluated_sets", [split for split in self.batches if split.startswith("evaluate")])  # type: ignore[no-any-return]
+
+    @property
     def finished(self) -> bool:
         """True when the run has taken all its steps or was stopped."""
         return self.stopped is not None or self.progress.step >= self.total_steps

@@ -33,7 +33,7 @@ class Followed:
         self.split = split
         self.collector: Collector | None = None
         self._run, self._batches = run, batches
-        self._places: dict[int, tuple[int, torch.Tensor]] = {}  # by the micro-batch's id
+        self._rows: dict[int | None, torch.Tensor] = {}  # by the micro-batch's number
         if not isinstance(batches, Streamed) and not hasattr(batches, "positions"):
             what = f"predict: nobody can tell which rows are in a batch of the {split} data"
             do = "give the batches a method `positions`, as InProcess has it, or take `predict` out"
@@ -58,16 +58,17 @@ class Followed:
         for number, micro in enumerate(self._batches.iterate(epoch, start, *position)):
             rows = self._sound(next(numbered), micro)
             if micro.batch is not None and len(rows):
-                self._places[id(micro)] = number, rows
+                micro.number = number  # as the evaluation counts, too
+                self._rows[number] = rows
                 if hasattr(micro.batch, "keys"):
                     _made_texts.complete(self._run, micro.batch)
                 if micro.num_items == 0 and not self.split.startswith("predict"):
                     self._predict(micro)
             yield micro
 
-    def pop(self, micro: Micro) -> tuple[int, torch.Tensor] | None:
-        """Return which of the rank's micro-batches it is and its rows, int64 (B,); None if it was asked for before."""
-        return self._places.pop(id(micro), None)
+    def pop(self, micro: Micro) -> torch.Tensor | None:
+        """Return the numbers of a micro-batch's rows, int64 (B,); None if they were asked for before."""
+        return self._rows.pop(micro.number, None)
 
     def _predict(self, micro: Micro) -> None:
         assert self.collector is not None

@@ -44,7 +44,7 @@ class Watched:
         Raises:
             ConfigError: it is none of those that this run evaluates.
         """
-        sets = run.facts.get("evaluated_sets", [split for split in run.batches if split.startswith("evaluate")])
+        sets = run.evaluated
         self.split, _, self.name = self.metric.rpartition("/")
         self.last = -1
         if self.split not in sets:

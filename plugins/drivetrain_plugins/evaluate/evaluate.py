@@ -76,7 +76,7 @@ class Evaluate:
     def epoch(self, run: Run) -> Generator[None, Any, Any]:
         """Evaluate before the first step, if asked to."""
         if self.at_start and run.progress.step == 0:
-            for split in run.facts["evaluated_sets"]:
+            for split in run.evaluated:
                 evaluate_split(run, split)
         return (yield)
 

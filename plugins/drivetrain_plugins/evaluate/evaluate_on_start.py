@@ -38,6 +38,6 @@ class EvaluateOnStart:
         """Evaluate the sets that the run evaluates before its first epoch."""
         first, self._begun = not self._begun, True
         if first and (run.progress.step == 0 or self.on_resume):
-            for split in run.facts.get("evaluated_sets", [s for s in run.batches if s.startswith("evaluate")]):
+            for split in run.evaluated:
                 evaluate(run, split)
         return (yield)

@@ -16,8 +16,9 @@ from drivetrain_plugins.evaluate._buffer import GrowingBuffer
 from drivetrain_plugins.evaluate._followed import Followed
 from drivetrain_plugins.evaluate._gather import from_rank_0, gathered
 from drivetrain_plugins.evaluate._kinds import KINDS, OWN, as_rows, kept_outputs, kind_of
+from drivetrain_plugins.evaluate._names import class_names
 from drivetrain_plugins.evaluate._outputs import labels_of
-from drivetrain_plugins.shared.causal import shifts_labels, unwrapped
+from drivetrain_plugins.shared.causal import shifts_labels
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
@@ -69,10 +70,9 @@ class Collector:
         Raises:
             TrainingError: the outputs are not a row for each row of the data.
         """
-        place = self.followed.pop(micro)
-        if place is None:  # it was kept before
+        number, rows = micro.number, self.followed.pop(micro)
+        if number is None or rows is None:  # it was kept before
             return
-        number, rows = place
         if self.kind == "auto":
             self.kind = kind_of(self.run, micro)
             if self.kind == "tokens" and _made_texts.maker(self.run) is not None:
@@ -240,7 +240,8 @@ class Predict:
         rows, labels = arrays.pop(ROWS), arrays.pop(LABELS, None)
         outputs = next(iter(arrays.values())) if len(arrays) == 1 else arrays
         texts = _made_texts.texts(run, outputs) if collector.kind == "text" else None
-        return Predictions(split, collector.kind, outputs, labels, metrics, _classes(run), rows, texts)
+        classes = tuple(class_names(run)) or None
+        return Predictions(split, collector.kind, outputs, labels, metrics, classes, rows, texts)
 
     # --- files, of the run's end and of the command --------------------------------------------------------------
 
@@ -286,11 +287,6 @@ def _alone(run: Run, collector: Collector) -> Iterator[None]:
         yield
     finally:
         hooks.metrics = asked
-
-
-def _classes(run: Run) -> tuple[str, ...] | None:
-    names = getattr(getattr(unwrapped(run.model), "config", None), "id2label", None)
-    return tuple(names[index] for index in sorted(names)) if names else None
 
 
 def _columns_of(run: Run, split: str, wanted: Sequence[str], raw: dict[str, Any]) -> Any:
