@@ -134,7 +134,7 @@ def run(  # noqa: PLR0917 - click passes them by name
         raise RecipeError(problems)
     trainer = loaded.trainer()
     output = trainer.settings.output
-    if output is not None and _is_first_rank():
+    if output is not None and is_first_rank():
         if fresh:
             _move_aside(output)
         elif not resume and _checkpoints(output):
@@ -201,7 +201,8 @@ def export(folder: Path, format_: str, path: Path) -> None:
 # --- runs on disk ----------------------------------------------------------------------------------------------------
 
 
-def _is_first_rank() -> bool:
+def is_first_rank() -> bool:
+    """Tell whether this process prints and writes."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -238,7 +239,7 @@ def _store(recipe: Recipe, output: Path) -> None:
 def _fit(recipe: Recipe, trainer: Trainer, *, resume: bool | str) -> Result:
     """Train with the recipe stored in the run's folder, so that the run can be rebuilt from its first checkpoint on."""
     output = trainer.settings.output
-    if output is None or not _is_first_rank():
+    if output is None or not is_first_rank():
         return trainer.fit(resume=resume)
     stored, checkpoints = output / STORED, _checkpoints(output)
     before = stored.read_bytes() if stored.is_file() else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
@@ -21,23 +20,6 @@ if TYPE_CHECKING:
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPES = ["addresses", "lora", "masked_lm", "pronunciation", "questions", "sentiment", "topics"]
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """Return a function that imports a module of an example afresh, with the modules beside it."""
-
-    def load(path: str) -> Any:
-        file = EXAMPLES / path
-        monkeypatch.syspath_prepend(file.parent)
-        spec = importlib.util.spec_from_file_location(f"example_{file.stem}", file)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
 
 
 @pytest.mark.parametrize("name", RECIPES)

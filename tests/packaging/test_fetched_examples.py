@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 
-def load(path: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Import a module of an example afresh."""
-    file = EXAMPLES / path
-    monkeypatch.syspath_prepend(file.parent)
-    spec = importlib.util.spec_from_file_location(f"example_{file.parent.name}_{file.stem}", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_a_review_is_on_one_side(monkeypatch: pytest.MonkeyPatch):
+def test_a_review_is_on_one_side(load: Callable[[str], Any]):
     """Sentences of one review stay together, whatever their order; what stands there twice or has no side is left out."""
-    fetch = load("sentiment/fetch.py", monkeypatch)
+    fetch = load("sentiment/fetch.py")
     rated = {
         "tweets": [(str(number), 1.0 - number % 2 * 2, f"said {number} &amp; done") for number in range(200)],
         "movies": [(str(number // 5), 0.5 + number % 3, f"a  scene {number}") for number in range(500)],
@@ -63,9 +51,9 @@ def country(number: int) -> dict[str, Any]:
     }
 
 
-def test_an_answer_stands_where_it_says(monkeypatch: pytest.MonkeyPatch):
+def test_an_answer_stands_where_it_says(load: Callable[[str], Any]):
     """Each answer begins at its place in the text; no country is in both splits; texts are cut, and gaps asked nothing."""
-    fetch = load("questions/fetch.py", monkeypatch)
+    fetch = load("questions/fetch.py")
     parts = fetch.questions({f"Land {number}": country(number) for number in range(200)})
     assert sum(map(len, parts.values())) == 200 * 4
     for row in (row for rows in parts.values() for row in rows):
@@ -82,9 +70,9 @@ def test_an_answer_stands_where_it_says(monkeypatch: pytest.MonkeyPatch):
     }
 
 
-def test_spans_are_counted_by_hand(monkeypatch: pytest.MonkeyPatch):
+def test_spans_are_counted_by_hand(load: Callable[[str], Any]):
     """An end before its beginning is not taken, padding is not, and both ends must be right."""
-    data = load("questions/questions_data.py", monkeypatch)
+    data = load("questions/questions_data.py")
     predictions = {
         "start_logits": np.array([[0.0, 3.0, 1.0], [5.0, 1.0, -100.0], [-3.0, -2.0, -100.0]]),
         "end_logits": np.array([[9.0, 1.0, 2.0], [0.0, 4.0, -100.0], [-1.0, -5.0, -100.0]]),
@@ -94,16 +82,16 @@ def test_spans_are_counted_by_hand(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(("path", "name"), [("sentiment/fetch.py", "vader.tar.gz"), ("questions/fetch.py", "book.tgz")])
-def test_another_file_is_refused(path: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_another_file_is_refused(path: str, name: str, tmp_path: Path, load: Callable[[str], Any]):
     """A package with other bytes is not opened; its checksum is told."""
     (tmp_path / name).write_bytes(b"something else")
     with pytest.raises(SystemExit, match="another file: its SHA-256 is"):
-        load(path, monkeypatch).read(tmp_path / name)
+        load(path).read(tmp_path / name)
 
 
-def test_digits_are_kept_apart(monkeypatch: pytest.MonkeyPatch):
+def test_digits_are_kept_apart(load: Callable[[str], Any]):
     """No picture is in both splits; a limit takes the first rows."""
-    data = load("digits/digits_data.py", monkeypatch)
+    data = load("digits/digits_data.py")
     parts = {split: {row["image"].tobytes() for row in data.rows(split)} for split in ("train", "evaluate")}
     assert not parts["train"] & parts["evaluate"]
     assert 300 <= len(data.rows("evaluate")) <= 450

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[2] / "examples" / "lora"
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
-def load(name: str) -> Any:
-    """Import a module of the example afresh."""
-    spec = importlib.util.spec_from_file_location(f"lora_{name}", FOLDER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_questions_are_kept_apart():
+def test_questions_are_kept_apart(load: Callable[[str], Any]):
     """No question is in both splits; a limit takes the first; each answer is a package."""
-    data = load("questions_data")
+    data = load("lora/questions_data.py")
     parts = {split: data.rows(split) for split in ("train", "evaluate")}
     asked = {split: {row["prompt"] for row in rows} for split, rows in parts.items()}
     assert not asked["train"] & asked["evaluate"]
@@ -37,12 +26,12 @@ def test_questions_are_kept_apart():
     assert data.rows("evaluate/other") is None
 
 
-def test_weights_get_their_names_and_order_back():
+def test_weights_get_their_names_and_order_back(load: Callable[[str], Any]):
     """Every tensor gets the name transformers has; queries and keys, which GGUF has permuted, are put back in order."""
     gguf = pytest.importorskip("gguf")
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    make = load("make_model")
+    make = load("lora/make_model.py")
     sizes = {"vocab_size": 12, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2}
     config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
     wanted = {n: t.bfloat16() for n, t in LlamaForCausalLM(config).state_dict().items() if n != "lm_head.weight"}

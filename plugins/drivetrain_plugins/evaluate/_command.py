@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from drivetrain.cli import is_first_rank
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -59,7 +61,7 @@ def evaluate(  # noqa: PLR0917 - click passes them by name
     files = {f"evaluate/{path.stem}": path for path in data}
     if len(files) < len(data):
         raise click.UsageError("--data: two files have the same name, which names the set")
-    first = _subject.is_first_rank()
+    first = is_first_rank()
     with (
         RowsFile(to, "--to") if to is not None and first else contextlib.nullcontext() as file,
         _subject.opened(subject, recipe, changes, files) as found,
@@ -104,7 +106,7 @@ def predict(  # noqa: PLR0917 - click passes them by name
     if split is not None and data is not None:
         raise click.UsageError("--split and --data contradict each other: the rows of --data are a set of their own")
     if to is not None:
-        (probe if _subject.is_first_rank() else checked)(to, "--to")
+        (probe if is_first_rank() else checked)(to, "--to")
     copied = [name for name in columns.split(",") if name]
     files = {"predict": data} if data is not None else {}
     with _subject.opened(subject, recipe, changes, files, copied) as found:
@@ -115,12 +117,12 @@ def predict(  # noqa: PLR0917 - click passes them by name
         _told(found)
         if to is not None:
             count = found.predict.write(found.run, chosen, to)
-            if _subject.is_first_rank():
+            if is_first_rank():
                 click.echo(f"wrote {count} rows to {to}", err=True)
             return
         hooks: Any = found.run.hooks
         made = [hooks.predict(found.run, name) for name in chosen]
-        for row in found.predict.table(found.run, made) if _subject.is_first_rank() else ():
+        for row in found.predict.table(found.run, made) if is_first_rank() else ():
             click.echo(as_json(row))
 
 
@@ -146,7 +148,5 @@ def _chosen(found: Subject, wanted: Sequence[str] | None) -> list[str]:
 
 
 def _told(found: Subject) -> None:
-    from drivetrain_plugins.evaluate._subject import is_first_rank  # noqa: PLC0415
-
     if is_first_rank():
         click.echo(f"loaded {found.source}", err=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import tempfile
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from drivetrain import CheckpointError, ConfigError, Problem, hookimpl, plugin, require
+from drivetrain.cli import STORED
 from drivetrain.recipe import Recipe
 from drivetrain_plugins.evaluate import _rows_out
 from drivetrain_plugins.evaluate.evaluate import Evaluate
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from drivetrain import Run, Trainer
 
-STORED = "recipe.json"
 WEIGHTS = "model.safetensors"
 
 
@@ -117,11 +116,6 @@ def opened(
         run = trainer.assemble()
         source = str(subject) if recipe is not None else _restore(run, subject)
         yield Subject(run, source, predict)
-
-
-def is_first_rank() -> bool:
-    """Tell whether this process prints and writes."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _stored(folder: Path) -> Recipe:

@@ -56,9 +56,7 @@ class Kept:
         named = self.plugin.labels_of(micro.batch)
         for name, value in named.items():
             self._add("labels", name, value)
-        for name, value in self.plugin.predictions(
-            micro, named if len(named) > 1 else next(iter(named.values()))
-        ).items():
+        for name, value in self.plugin.predictions(micro, one_or_all(named)).items():
             self._add("predictions", name, value)
         if self.plugin.inputs:
             for name, value in _fields(micro.batch).items():
@@ -237,9 +235,7 @@ class MetricsFunction:
             part: {name: array for (kind, name), array in arrays.items() if kind == part}
             for part in ("predictions", "labels", "inputs")
         }
-        predictions, labels = (
-            each[""] if each.keys() == {""} else each for each in (parts["predictions"], parts["labels"])
-        )
+        predictions, labels = one_or_all(parts["predictions"]), one_or_all(parts["labels"])
         given = Predictions(predictions, labels, parts["inputs"] if self.inputs else None)
         result = self._function(given) if self._takes_one else self._function(*given)
         return self._plain(result)
@@ -258,6 +254,11 @@ class MetricsFunction:
         if "loss" in plain:
             raise TrainingError(f"{self.named} returns a 'loss', which the evaluation has: rename it, or set prefix")
         return {name: value for name, value in plain.items() if value is not None}
+
+
+def one_or_all(named: Mapping[str, Any]) -> Any:
+    """Return what stands under "", which is the only one then, or else all by name."""
+    return named[""] if named.keys() == {""} else named
 
 
 def _number(value: Any) -> float | None:
